@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-slow bench lint docs clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH; run make PYTHON=python3 with Python 3.10 or newer"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e '.[report,dev]'
+	touch $@
+
+install: $(STAMP)  ## make .venv with everything that the tests and the demo use
+
+demo: $(STAMP)  ## pre-train a small DINOv2 on real photographs and open demo/report.html (10 minutes on two cores)
+	$(BIN)/opendino demo --out demo
+
+test: $(STAMP)  ## every test that takes seconds
+	$(BIN)/python -m pytest -m "not slow and not net and not gpu"
+
+test-slow: $(STAMP)  ## the tests that take minutes, and those that need a package registry
+	$(BIN)/python -m pytest -m "slow or net"
+
+bench: $(STAMP)  ## time forward and training step against peers, in an environment of its own
+	$(BIN)/python benchmarks/run.py
+
+lint: $(STAMP)  ## style, types and import arrows
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+docs: $(STAMP)  ## run the commands of the README and the docs
+	$(BIN)/python -m pytest tests/docs
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

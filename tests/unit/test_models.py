@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backbone itself: sizes, outputs, packing, stochastic depth, export."""
+
+import pytest
+import torch
+
+from opendino.errors import ConfigError, DataError
+from opendino.models.config import ViTConfig
+from opendino.models.layers import add_on_subset
+from opendino.models.registry import MODELS, get_config
+from opendino.models.vit import VisionTransformer
+
+PUBLISHED_KEYS_PER_BLOCK = {
+    "norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+    "ls1.gamma", "norm2.weight", "norm2.bias", "ls2.gamma",
+}  # fmt: skip
+
+
+def tiny(**overrides) -> VisionTransformer:
+    torch.manual_seed(0)
+    shape = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return VisionTransformer(ViTConfig(**{**shape, **overrides})).eval()
+
+
+def test_vitg14_has_the_published_keys_and_parameter_count():
+    with torch.device("meta"):
+        model = VisionTransformer(get_config("vitg14"))
+    ffn = {f"mlp.{n}.{e}" for n in ("w12", "w3") for e in ("weight", "bias")}
+    expected = {"cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    expected |= {"norm.weight", "norm.bias"}
+    expected |= {f"blocks.{i}.{k}" for i in range(40) for k in PUBLISHED_KEYS_PER_BLOCK | ffn}
+    assert set(model.state_dict()) == expected
+    assert sum(p.numel() for p in model.parameters()) == 1_136_480_768
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_named_model_builds_on_meta_with_a_518_px_table(name):
+    with torch.device("meta"):
+        model = VisionTransformer(get_config(name))
+    assert model.pos_embed.shape == (1, 1 + 37 * 37, model.embed_dim)
+    assert model.num_register_tokens == (4 if name.endswith("_reg") else 0)
+
+
+def test_output_dict_has_the_published_entries():
+    out = tiny(num_register_tokens=3).forward_features(torch.randn(2, 3, 28, 42))
+    assert out["x_norm_clstoken"].shape == (2, 32)
+    assert out["x_norm_regtokens"].shape == (2, 3, 32)
+    assert out["x_norm_patchtokens"].shape == (2, 24, 32)
+    assert out["x_prenorm"].shape == (2, 28, 32)
+
+
+def test_sides_are_cropped_at_the_bottom_and_right():
+    model, x = tiny(), torch.randn(1, 3, 34, 30)
+    assert torch.equal(model(x), model(x[..., :28, :28]))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 6, 28), (3, 28, 28), (1, 1, 28, 28)])
+def test_what_is_no_image_batch_is_refused(shape):
+    with pytest.raises(DataError, match="needs|at least one patch"):
+        tiny()(torch.zeros(shape))
+
+
+def test_masked_patches_do_not_reach_the_output():
+    model = tiny()
+    masks = torch.zeros(1, 16, dtype=torch.bool)
+    masks[0, 0] = True
+    a = torch.randn(1, 3, 28, 28)
+    b = a.clone()
+    b[..., :7, :7] += 1
+    assert torch.equal(model(a, masks), model(b, masks))
+    assert not torch.equal(model(a), model(b))
+
+
+def test_intermediate_layers_reshape_and_class_token():
+    model, x = tiny(num_register_tokens=2), torch.randn(2, 3, 28, 42)
+    (patches, cls), (last, last_cls) = model.get_intermediate_layers(x, n=2, reshape=True, return_class_token=True)
+    features = model.forward_features(x)
+    assert patches.shape == last.shape == (2, 32, 4, 6)
+    assert cls.shape == (2, 32)
+    assert torch.equal(last_cls, features["x_norm_clstoken"])
+    assert torch.equal(last.flatten(2).transpose(1, 2), features["x_norm_patchtokens"])
+    with pytest.raises(DataError):
+        model.get_intermediate_layers(x, n=3)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_packed_forward_equals_separate_forwards_in_values_and_gradients(registers):
+    model = tiny(num_register_tokens=registers, init_values=0.7).train()
+    big, small = torch.randn(3, 3, 28, 28), torch.randn(5, 3, 14, 21)
+    masks = torch.rand(3, 16) < 0.4
+    packed = model.forward_packed([big, small], [masks, None])
+    separate = [model.forward_features(big, masks), model.forward_features(small)]
+    weights = [torch.randn_like(s["x_prenorm"]) for s in separate]
+    grads = []
+    for outputs in (packed, separate):
+        model.zero_grad()
+        sum((o["x_prenorm"] * w).sum() + o["x_norm_clstoken"].sum() for o, w in zip(outputs, weights)).backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for a, b in zip(packed, separate):
+        torch.testing.assert_close(a["x_norm_patchtokens"], b["x_norm_patchtokens"], atol=1e-5, rtol=1e-5)
+    for name in grads[1]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], atol=1e-5, rtol=1e-5)
+
+
+def test_stochastic_depth_keeps_the_mean_and_whole_samples():
+    x = torch.zeros(8, 3, 4)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([add_on_subset(x, lambda t, _: torch.ones_like(t), None, 0.5, generator) for _ in range(500)])
+    assert set(draws.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(draws.amin((2, 3)), draws.amax((2, 3)))
+    assert draws.mean().item() == pytest.approx(1.0)  # exactly half of each batch is kept
+    assert (draws.mean((0, 2, 3)) - 1).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(dtype):
+    model, x = tiny(), torch.randn(2, 3, 28, 42)
+    exact = model(x)
+    assert torch.cosine_similarity(model.to(dtype)(x.to(dtype)).float(), exact).min() > 0.999
+
+
+def test_export_gives_the_same_tokens():
+    model, x = tiny(num_register_tokens=1), torch.randn(2, 3, 35, 28)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_unknown_names_and_settings_are_refused_with_the_closest_match():
+    with pytest.raises(ConfigError, match="vits14"):
+        get_config("vits41")
+    with pytest.raises(ConfigError, match="embed_dimm"):
+        get_config("vits14", embed_dimm=3)
