@@ -82,7 +82,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over (B, H, N, D/H) queries, keys and values; returns the same shape."""
     if q.device.type == "cpu" and q.requires_grad and q.shape[-2] <= EXPLICIT_ATTENTION_MAX_TOKENS:
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, H, N, N)
-        return weights.to(v.dtype) @ v
+        mixed: Tensor = weights.to(v.dtype) @ v
+        return mixed
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -170,7 +171,8 @@ def add_on_subset(
     """
     if shapes is None:
         packed = add_on_subset(x.flatten(0, 1), branch, [(x.shape[0], x.shape[1])], rate, generator)
-        return packed.unflatten(0, (x.shape[0], x.shape[1]))
+        unpacked: Tensor = packed.unflatten(0, (x.shape[0], x.shape[1]))
+        return unpacked
     rows, kept_shapes, scales, start = [], [], [], 0
     for batch, tokens in shapes:
         kept = max(int(batch * (1 - rate)), 1)
