@@ -20,7 +20,7 @@ def entropy(probabilities: Tensor) -> float:
 def prototype_use(probabilities: Tensor) -> float:
     """Share of the most prototypes that n rows can win which do win one; 1/min(n, K) after a collapse."""
     winners = probabilities.argmax(1).unique().numel()
-    return winners / min(probabilities.shape)
+    return float(winners / min(probabilities.shape))
 
 
 @torch.no_grad()
