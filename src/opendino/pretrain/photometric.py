@@ -154,17 +154,17 @@ def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue_(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of (n, 3, h, w) by (n,) shifts in -0.5–0.5 turns, in place.
 
-    Hue is counted in sixths of a turn; value and chroma of each pixel stay, so that every channel is
-    minimum + chroma · ramp(hue) with a piecewise linear ramp in [0, 1].
+    Hue h is counted in sixths of a turn from red, in [-3, 3]. With channels r', g', b' stretched to [0, 1] its distance
+    from red is 1 - r' + g' + b', and its sign that of g - b. Lightest value and chroma of each pixel stay, so that
+    every channel is the pixel's minimum + chroma · ramp(h). No comparisons: these are the slow operations on a CPU.
     """
     r, g, b = x.unbind(1)
-    high = torch.maximum(torch.maximum(r, g), b)
     low = torch.minimum(torch.minimum(r, g), b)
-    chroma = high - low
+    chroma = torch.maximum(torch.maximum(r, g), b).sub_(low)
     inverse = chroma.clamp_min(1e-12).reciprocal_()
-    hue = torch.where(high == g, (b - r).mul_(inverse).add_(2), (r - g).mul_(inverse).add_(4))
-    hue = torch.where(high == r, (g - b).mul_(inverse), hue).add_(6 * shift[:, None, None])
-    hue.sub_(torch.floor(hue * (1 / 6)).mul_(6))
+    distance = (g + b).sub_(r).sub_(low).mul_(inverse).add_(1)
+    hue = distance.copysign_(g - b).add_(6 * shift[:, None, None])
+    hue.sub_((hue * (1 / 6)).floor_().mul_(6))
     torch.addcmul(low, (hue - 3).abs_().sub_(1).clamp_(0, 1), chroma, out=r)
     torch.addcmul(low, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), chroma, out=g)
     torch.addcmul(low, (hue - 4).abs_().neg_().add_(2).clamp_(0, 1), chroma, out=b)
