@@ -113,14 +113,6 @@ def test_operations_touch_only_their_crops_and_leave_the_input():
     assert torch.equal(x, before)
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
-    x = images(16)
-    p = params(16, order=np.arange(16), factors=np.tile([0.7, 1.2, 0.5, 0.1], (16, 1)))
-    whole = P.apply_photometric(x, p, CropsConfig())
-    monkeypatch.setattr(P, "CPU_CHUNK", 1)
-    torch.testing.assert_close(P.apply_photometric(x, p, CropsConfig()), whole)
-
-
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_other_channel_counts_skip_colour(channels):
     x = images(channels=channels)

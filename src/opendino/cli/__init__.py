@@ -1,1 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The command line: `opendino COMMAND …`. Each command is a file here; its module is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+from opendino._version import __version__
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "models": ("models", "list the named architectures and where their weights are"),
+    "convert": ("convert", "rewrite a weight file for the original, transformers or timm"),
+    "embed": ("embed", "turn images into feature vectors on disk"),
+    "eval": ("evaluate", "score frozen features: knn"),
+    "visualize": ("visualize", "draw what a model sees: pca, attention"),
+    "pretrain": ("pretrain", "train a backbone on your images without labels"),
+    "resume": ("resume", "continue an interrupted pre-training run"),
+    "demo": ("demo", "pre-train a small model on real photographs and write a report"),
+}
+
+
+def usage() -> str:
+    """Give the text of `opendino --help`."""
+    rows = "\n".join(f"  {name:12}{about}" for name, (_, about) in COMMANDS.items())
+    return (
+        f"opendino {__version__}: the DINOv2 system in one package\n\nusage: opendino COMMAND …\n\n{rows}\n\n"
+        "opendino COMMAND --help tells more, with an example. Exit code 0: done, 1: the job failed, 2: wrong usage."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and give its exit code; users' mistakes become one paragraph on standard error."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] in ("--version", "-V"):
+        print(__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"{args[0]!r} is no command.\n\n{usage()}", file=sys.stderr)
+        return 2
+    from opendino.errors import ConfigError, OpendinoError
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    module = importlib.import_module(f"opendino.cli.{COMMANDS[args[0]][0]}")
+    try:
+        return int(module.main(args[1:]))
+    except OpendinoError as error:
+        print(f"opendino {args[0]}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130

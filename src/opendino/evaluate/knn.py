@@ -125,13 +125,13 @@ def knn_accuracy(
     for right, scores in zip(truth.split(chunk), votes, strict=True):
         for i, score in enumerate(scores):
             own = score.gather(1, right[:, None])
-            top1[i].append(score.argmax(1) == right)
-            top5[i].append((own[:, 0] > 0) & ((score > own).sum(1) < 5))
+            top1[i].append((score.argmax(1) == right).cpu())
+            top5[i].append(((own[:, 0] > 0) & ((score > own).sum(1) < 5)).cpu())
     hits = [torch.cat(t) for t in top1]
     return {
         "top1": {str(n): percent(h) for n, h in zip(k, hits, strict=True)},
         "top5": {str(n): percent(torch.cat(h)) for n, h in zip(k, top5, strict=True)},
-        "mean_per_class": {str(n): mean_per_class(h, truth) for n, h in zip(k, hits, strict=True)},
+        "mean_per_class": {str(n): mean_per_class(h, truth.cpu()) for n, h in zip(k, hits, strict=True)},
     }
 
 

@@ -27,8 +27,6 @@ SOLARIZE_THRESHOLD = 128 / 255
 ORDERS = tuple(permutations(range(4)))
 IDENTITY = np.array([1, 1, 1, 0], np.float32)
 DRAWS = 10
-CPU_CHUNK = 2**18
-"""Values that jitter works on at a time, so that they stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -204,18 +202,16 @@ _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 
 
 def _jitter_(x: Tensor, params: PhotometricParams) -> None:
-    """Run each operation on all crops that have it at the same place of their order."""
+    """Run each operation at once on all crops that have it at the same place of their order."""
     usable = range(4) if x.shape[1] == 3 else range(2)
     active = [k for k in usable if (params.factors[:, k] != IDENTITY[k]).any()]
     factors = torch.from_numpy(params.factors).to(x.device)
-    chunk = max(1, CPU_CHUNK // x[0].numel()) if x.device.type == "cpu" and len(x) else len(x)
     steps = np.array((*ORDERS, (-1,) * 4))[params.order]
     for place in range(4):
         for k in active:
             rows = torch.from_numpy(np.flatnonzero(steps[:, place] == k)).to(x.device)
-            for some in rows.split(chunk) if len(rows) else ():
-                part = x.index_select(0, some)
-                x.index_copy_(0, some, _JITTER[k](part, factors[some, k]))
+            if len(rows):
+                x.index_copy_(0, rows, _JITTER[k](x.index_select(0, rows), factors[rows, k]))
 
 
 def _on_subset_(x: Tensor, where: np.ndarray[Any, Any], change: Callable[[Tensor, Any], Tensor]) -> None:

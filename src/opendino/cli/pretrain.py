@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`opendino pretrain`: train a backbone on a user's images without labels."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from opendino.errors import ConfigError
+from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
+
+EXAMPLE = """Train a backbone on your images without labels.
+
+Example:
+  opendino pretrain --recipe vitt14_demo --data photos/ --out runs/first --steps 500 --optim.lr 1e-3
+
+Any setting of the recipe can be given as a flag. --steps compresses the recipe's warm-ups in proportion.
+The run folder then holds config.yaml, metrics.jsonl, checkpoints/ and weights/teacher.safetensors, which
+opendino.load("runs/first") reads."""
+
+
+def read_arguments(argv: list[str]) -> PretrainConfig:
+    """Resolve a recipe and the flags that override it."""
+    base = load_recipe(_value_of("--recipe", argv) or "vits14")
+    steps = _value_of("--steps", argv)
+    if steps is not None and steps.isdigit() and int(steps) > 0:
+        base = with_steps(base, int(steps))
+    config = tyro.cli(
+        PretrainConfig, args=argv, default=base, prog="opendino pretrain", description=EXAMPLE,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )  # fmt: skip
+    for flag in ("data", "out"):
+        if not getattr(config, flag):
+            raise ConfigError(f"--{flag} is missing. Example: opendino pretrain --data photos/ --out runs/first")
+    return config
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def main(argv: list[str]) -> int:
+    """Start a run, or continue the one that --out holds with the same settings."""
+    config = read_arguments(argv)
+    run(config)
+    return 0
+
+
+def run(config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
+    """Train under a progress line and give the last record."""
+    from opendino.cli.probing import knn_probe
+    from opendino.pretrain.trainer import Trainer
+
+    probe = knn_probe(Path(config.probe)) if config.probe else None
+    console = Console(stderr=True, quiet=quiet)
+    progress = Progress(
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn(),
+        console=console, refresh_per_second=2, disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    task = progress.add_task("", total=config.steps, line="")
+
+    def on_step(record: dict[str, Any]) -> None:
+        progress.update(task, completed=record["step"], line=describe(record))
+        if "probe" in record or (not sys.stderr.isatty() and record["step"] % (10 * config.log_every) == 0):
+            console.print(f"step {record['step']}/{config.steps} {describe(record)}", highlight=False)
+
+    trainer = Trainer(config, probe=probe, on_step=on_step)
+    if trainer.step:
+        console.print(f"Continuing {config.out} at step {trainer.step}.")
+    with progress:
+        record = trainer.train()
+    console.print(f"Done: {config.out}/weights/teacher.safetensors; opendino.load({config.out!r}) reads it.")
+    return record
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Put the figures of a step on one line."""
+    parts = [f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "koleo") if k in record]
+    parts += [f"{record['images_per_s']:.0f} images/s", f"waiting for data {100 * record['data_wait']:.0f} %"]
+    parts += [f"{k} {v:.1f}" for k, v in record.get("probe", {}).items()]
+    if record["bad_steps"]:
+        parts.append(f"{record['bad_steps']} steps skipped")
+    return "  ".join(parts)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a pre-training run: typed, frozen, unknown keys refused with the closest match.
+
+Recipes are YAML files of the same fields in `opendino/pretrain/recipes`. Lengths of schedules are in optimiser steps;
+an epoch of the published recipes is 1 250 steps (method.md §2).
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from opendino.errors import ConfigError
+from opendino.pretrain.crops import CropsConfig
+
+
+class Settings(BaseModel):
+    """Base of every group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackboneSettings(Settings):
+    """Which backbone is trained; sizes that are None come from the named architecture."""
+
+    arch: str = "vits14"
+    patch_size: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    in_chans: int = Field(3, ge=1)
+    init_values: float = Field(1e-5, gt=0, description="initial LayerScale gamma")
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+
+
+class HeadSettings(Settings):
+    """Projection heads of the DINO and iBOT losses."""
+
+    num_prototypes: int = Field(65_536, ge=2)
+    hidden_dim: int = Field(2048, ge=1)
+    bottleneck_dim: int = Field(256, ge=1)
+    dino_bottleneck_dim: int | None = Field(
+        None, description="bottleneck of the DINO head where it differs (ViT-g: 384)"
+    )
+    num_layers: int = Field(3, ge=1)
+    separate: bool = Field(False, description="own head for iBOT instead of sharing the DINO head")
+    batch_norm: bool = Field(False, description="normalise over the batch inside the heads; for small runs only")
+
+
+class LossSettings(Settings):
+    """Weights and temperatures of DINO, iBOT and KoLeo."""
+
+    dino_weight: float = Field(1.0, ge=0)
+    ibot_weight: float = Field(1.0, ge=0)
+    koleo_weight: float = Field(0.1, ge=0)
+    centering: Literal["sinkhorn", "moving"] = "sinkhorn"
+    student_temp: float = Field(0.1, gt=0)
+    teacher_temp: float = Field(0.07, gt=0)
+    warmup_teacher_temp: float = Field(0.04, gt=0)
+    warmup_teacher_temp_steps: int = Field(37_500, ge=0)
+
+
+class MaskSettings(Settings):
+    """Block masks of the student's global crops."""
+
+    share: float = Field(0.5, ge=0, le=1, description="share of the global crops that are masked")
+    ratio: tuple[float, float] = Field((0.1, 0.5), description="masked share of the patches of such a crop")
+
+
+class OptimSettings(Settings):
+    """AdamW, its schedules and the teacher's momentum."""
+
+    lr: float = Field(4e-3, gt=0, description="before scaling by the batch size")
+    lr_rule: Literal["sqrt_wrt_1024", "linear_wrt_256", "none"] = "sqrt_wrt_1024"
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_steps: int = Field(12_500, ge=0)
+    weight_decay: float = Field(0.04, ge=0)
+    weight_decay_end: float = Field(0.4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: float = Field(
+        3.0, ge=0, description="largest gradient norm of backbone and of each head; 0 turns it off"
+    )
+    layerwise_decay: float = Field(0.9, gt=0, le=1)
+    patch_embed_lr_mult: float = Field(0.2, ge=0)
+    freeze_last_layer_steps: int = Field(1250, ge=0)
+    momentum: float = Field(0.992, ge=0, le=1, description="of the teacher's moving average, at the start")
+    momentum_end: float = Field(1.0, ge=0, le=1)
+
+
+class PretrainConfig(Settings):
+    """Everything that defines a pre-training run; written resolved to RUN/config.yaml."""
+
+    recipe: str = "vits14"
+    data: str = Field("", description="folder, file list or CSV of images; labels are not used")
+    out: str = Field("", description="run folder")
+    probe: str | None = Field(
+        None, description="folder with train/ and test/ class folders for a k-NN score on the way"
+    )
+    steps: int = Field(125_000, ge=1)
+    batch_size: int = Field(2048, ge=1, description="images per optimiser step")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step")
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    num_workers: int = Field(2, ge=0)
+    cache_images: bool = Field(False, description="keep decoded images in memory; for small sets")
+    log_every: int = Field(10, ge=1, description="steps between health figures")
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    probe_every: int = Field(500, ge=1)
+    max_bad_steps: int = Field(20, ge=1, description="non-finite steps in a row after which the run stops")
+    max_errors: int | None = Field(None, description="unreadable images after which the run stops; None: never")
+    model: BackboneSettings = BackboneSettings()
+    crops: CropsConfig = CropsConfig()
+    heads: HeadSettings = HeadSettings()
+    loss: LossSettings = LossSettings()
+    masks: MaskSettings = MaskSettings()
+    optim: OptimSettings = OptimSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        return self
+
+
+def list_recipes() -> list[str]:
+    """Name the recipes that come with the package."""
+    folder = resources.files("opendino.pretrain") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> PretrainConfig:
+    """Read a recipe by name, or from a YAML file.
+
+    Raises:
+        ConfigError: for an unknown recipe or key, naming the closest match.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ConfigError(f"The recipe file {name} does not exist. Give a YAML file or one of {list_recipes()}.")
+        return parse_config(Path(name).read_text(), name)
+    if name not in list_recipes():
+        close = difflib.get_close_matches(name, list_recipes(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{name!r} is no recipe; known are {', '.join(list_recipes())}, or give a YAML file.{hint}")
+    text = (resources.files("opendino.pretrain") / "recipes" / f"{name}.yaml").read_text()
+    return parse_config(text, name)
+
+
+def parse_config(text: str, origin: str) -> PretrainConfig:
+    """Build a config from YAML text; `origin` names it in errors."""
+    try:
+        values = yaml.safe_load(text) or {}
+        return PretrainConfig(**values)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
+    except TypeError as error:
+        raise ConfigError(f"{origin} must hold settings as `key: value`, got {type(values).__name__}.") from error
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(p) for p in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{where or 'settings'}: {problem['msg']}"
+    close = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(PretrainConfig), n=1)
+    return f"unknown setting {where!r}" + (f", did you mean {close[0]!r}?" if close else "")
+
+
+def _known_keys(group: type[BaseModel]) -> set[str]:
+    keys = set(group.model_fields)
+    for field in group.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys |= _known_keys(field.annotation)
+    return keys
+
+
+def with_steps(config: PretrainConfig, steps: int) -> PretrainConfig:
+    """Give the same run over another number of steps, its warm-ups compressed in proportion."""
+    factor = steps / config.steps
+    optim = config.optim.model_copy(
+        update={
+            "warmup_steps": round(config.optim.warmup_steps * factor),
+            "freeze_last_layer_steps": round(config.optim.freeze_last_layer_steps * factor),
+        }
+    )
+    warmup = round(config.loss.warmup_teacher_temp_steps * factor)
+    loss = config.loss.model_copy(update={"warmup_teacher_temp_steps": warmup})
+    return config.model_copy(update={"steps": steps, "optim": optim, "loss": loss})

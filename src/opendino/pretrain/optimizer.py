@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW with per-parameter multipliers, clipping by network, and the teacher's moving average (method.md §2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Group = dict[str, Any]
+
+
+def parameter_groups(
+    networks: Mapping[str, nn.Module], *, layerwise_decay: float, patch_embed_lr_mult: float
+) -> list[Group]:
+    """Sort parameters by their multipliers of learning rate and weight decay.
+
+    Layer 0 is the embeddings and tokens, block i is layer i + 1, the final norm is depth + 1; a backbone parameter of
+    layer l gets lr × layerwise_decay^(depth + 1 − l), the patch embedding another × patch_embed_lr_mult. Heads get
+    lr × 1. Biases and all 1-D tensors (norms, LayerScale gammas) get no weight decay.
+
+    Args:
+        networks: "backbone" and heads.
+        layerwise_decay: 1.0 turns the decay by layer off.
+        patch_embed_lr_mult: for the patch convolution.
+    """
+    groups: dict[tuple[float, float, bool], Group] = {}
+    for network, module in networks.items():
+        depth = len(module.blocks) if network == "backbone" else 0  # type: ignore[arg-type]
+        for name, parameter in module.named_parameters():
+            lr = 1.0
+            if network == "backbone":
+                lr = layerwise_decay ** (depth + 1 - _layer(name, depth))
+                lr *= patch_embed_lr_mult if name.startswith("patch_embed.") else 1.0
+            decay = 0.0 if parameter.ndim < 2 or name.endswith(".bias") else 1.0
+            last_layer = "last_layer" in name
+            key = (lr, decay, last_layer)
+            new: Group = {"params": [], "names": [], "lr_multiplier": lr, "wd_multiplier": decay}
+            group = groups.setdefault(key, new | {"is_last_layer": last_layer})
+            group["params"].append(parameter)
+            group["names"].append(f"{network}.{name}")
+    return list(groups.values())
+
+
+def _layer(name: str, depth: int) -> int:
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    return depth + 1 if name.startswith("norm.") else 0
+
+
+def build_adamw(groups: list[Group], betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
+    """Make the optimiser; rates are set by `apply_schedule` before every step."""
+    fused = all(p.device.type in ("cpu", "cuda", "mps") for g in groups for p in g["params"])
+    keep = [{k: v for k, v in g.items() if k != "names"} for g in groups]
+    return torch.optim.AdamW(keep, lr=0.0, betas=betas, weight_decay=0.0, fused=fused)
+
+
+def apply_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, last_layer_lr: float) -> None:
+    """Set the learning rate and weight decay of every group by its multipliers."""
+    for group in optimizer.param_groups:
+        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
+        group["weight_decay"] = weight_decay * group["wd_multiplier"]
+
+
+def clip_each(networks: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
+    """Clip the gradient of each network to `max_norm` and give the norms before clipping."""
+    return {name: nn.utils.clip_grad_norm_(module.parameters(), max_norm) for name, module in networks.items()}
+
+
+@torch.no_grad()
+def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
+    """teacher ← momentum · teacher + (1 − momentum) · student."""
+    torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
