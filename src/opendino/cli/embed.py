@@ -13,8 +13,6 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from opendino.errors import ConfigError
-
 EXAMPLE = """Turn images into feature vectors on disk.
 
 Example:
@@ -102,20 +100,11 @@ def make_embedder(model: str, weights: str | None, *, size: str | None = None, *
     import torch
 
     from opendino.embed.embedder import Embedder
+    from opendino.images.preprocess import parse_size
 
     if weights == "random":
         torch.manual_seed(0)  # so that a second call, or one that goes on, has the same model
     return Embedder(model, weights=weights, size=parse_size(size), **settings)
-
-
-def parse_size(text: str | None) -> int | tuple[int, int] | None:
-    """Read "224" or "336x448" (height × width)."""
-    if text is None:
-        return None
-    parts = text.lower().replace("×", "x").split("x")
-    if len(parts) > 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise ConfigError(f"--size is {text!r}; give pixels, as 224 or as height x width: 336x448.")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
 def images_progress() -> Progress:

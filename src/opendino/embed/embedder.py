@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import struct
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -180,7 +182,10 @@ class Embedder:
             pixels = self.preprocess(decode_image(data, channels=self.model.config.in_chans))
             return _Read(path, self._checked(pixels), sha256)
         except (DataError, OSError) as error:
-            return _Read(path, None, sha256, str(error) or type(error).__name__)
+            return _Read(path, None, sha256, str(error).replace("<bytes>", path, 1) or type(error).__name__)
+        except (ArithmeticError, LookupError, EOFError, struct.error, zlib.error) as error:
+            # What image codecs let through on damaged files beside the errors they declare.
+            return _Read(path, None, sha256, f"{path} cannot be read as an image: {type(error).__name__} {error}")
 
     def _checked(self, pixels: Tensor) -> Tensor:
         if tuple(pixels.shape) != self.input_shape:

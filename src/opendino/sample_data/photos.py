@@ -49,21 +49,30 @@ _GCOMPRIS_DRAWINGS = {"erasers", "numbers"}
 
 @dataclass(frozen=True)
 class Photograph:
-    """One photograph; `content` is its file, decoded when needed. `label` is None for a background."""
+    """One photograph. `source` is its file, decoded when needed, or for a wallpaper (label None) the image itself."""
 
     name: str
-    content: bytes
+    source: bytes | Image.Image
     label: str | None = None
 
     def open(self) -> Image.Image:
-        """Decode as RGB, at most 1600 pixels for a background."""
-        image = Image.open(io.BytesIO(self.content))
-        if self.label is None:
-            image.draft("RGB", (MAX_BACKGROUND_SIDE, MAX_BACKGROUND_SIDE))
-        rgb = image.convert("RGB")
-        if self.label is None:
-            rgb.thumbnail((MAX_BACKGROUND_SIDE, MAX_BACKGROUND_SIDE), Image.Resampling.LANCZOS)
-        return rgb
+        """Give the image as RGB, not to be changed in place."""
+        return self.source if isinstance(self.source, Image.Image) else open_rgb(self.source)
+
+
+def open_rgb(content: bytes) -> Image.Image:
+    """Decode an image file as RGB."""
+    with Image.open(io.BytesIO(content)) as image:
+        return image.convert("RGB")
+
+
+def open_wallpaper(path: Path) -> Image.Image:
+    """Decode a large JPEG as RGB of at most 1600 pixels a side."""
+    with Image.open(path) as image:
+        image.draft("RGB", (MAX_BACKGROUND_SIDE, MAX_BACKGROUND_SIDE))
+        rgb: Image.Image = image.convert("RGB")
+    rgb.thumbnail((MAX_BACKGROUND_SIDE, MAX_BACKGROUND_SIDE), Image.Resampling.LANCZOS)
+    return rgb
 
 
 # --- where photographs come from -----------------------------------------------------------------------------------
@@ -112,9 +121,9 @@ def wallpapers(raw: Mapping[str, Path]) -> Iterator[Photograph]:
             if key in seen or any(s in rel for s in SKIPPED_BACKGROUNDS):
                 continue
             seen.add(key)
-            photograph = Photograph(f"{package}/{key}", (root / rel).read_bytes())
-            if np.asarray(photograph.open().resize((64, 64))).std() >= 12:  # an even ground is left out
-                yield photograph
+            image = open_wallpaper(root / rel)
+            if np.asarray(image.resize((64, 64))).std() >= 12:  # an even ground is left out
+                yield Photograph(f"{package}/{key}", image)
 
 
 def load_photographs(raw: Mapping[str, Path], progress: Progress) -> list[Photograph]:
@@ -170,7 +179,7 @@ def write_labelled(photographs: Sequence[Photograph], out: Path, progress: Progr
         split = "test" if share < 35 else "train"
         folder = out / split / str(photograph.label)
         folder.mkdir(parents=True, exist_ok=True)
-        image = photograph.open()
+        image = photograph.open().copy()
         image.thumbnail((LABELLED_SIDE, LABELLED_SIDE), Image.Resampling.LANCZOS)
         image.save(folder / f"{photograph.name}.jpg", quality=92)
         counts[split] += 1
