@@ -63,7 +63,8 @@ class Photograph:
 def open_rgb(content: bytes) -> Image.Image:
     """Decode an image file as RGB."""
     with Image.open(io.BytesIO(content)) as image:
-        return image.convert("RGB")
+        converted: Image.Image = image.convert("RGB")
+    return converted
 
 
 def open_wallpaper(path: Path) -> Image.Image:
