@@ -1,96 +1,152 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time the forward pass and one training step against transformers, timm and lightly-train, in turn.
+"""Time the forward pass and one pre-training step against transformers, timm and lightly-train, in turn.
 
-    python benchmarks/run.py [--rounds 5] [--threads 2] [--only forward|step]
+    make bench                                   # everything, into an environment of its own
+    python benchmarks/run.py --quick             # smoke run; its figures mean nothing
+    python benchmarks/run.py --suite forward --dtypes fp32 --json out.json
 
-Each peer runs in a process of its own and is asked for one sample at a time, A B C A B C …, so that a change in the
-machine's speed meets all of them; the figures are medians and the ratios medians of the per-round ratios. Peers that
-are not installed in the environment are named and left out. Weights are random: speed does not depend on them.
+Results go to stdout as Markdown, progress to stderr. What is measured, and how: benchmarks/README.md. Ends with 1 when
+a peer failed or computes something else than opendino; a peer that is not installed is reported and is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
-WORKER = Path(__file__).with_name("worker.py")
-FORWARD = ["opendino", "transformers", "timm"]
-STEP = ["opendino", "lightly-train"]
+from harness import OURS, Result, Spec, compare, differs, run_once
+from table import as_json, commit, different_networks, has_bf16, machine, markdown
+
+FORWARD = (OURS, "transformers", "timm", "lightly-train")
+STEP = (OURS, "lightly-train")
+NO_STEP = {p: "the package has no DINOv2 pre-training" for p in FORWARD if p not in STEP}
 
 
-class Worker:
-    """A peer in its own process; answers each line `go` with the images/s of one sample, after a warm-up."""
-
-    def __init__(self, task: str, peer: str, args: argparse.Namespace) -> None:
-        command = [sys.executable, str(WORKER), task, peer, "--threads", str(args.threads), "--batch", str(args.batch)]
-        self.peer = peer
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.ready = self._answer()
-
-    def _answer(self) -> dict[str, object]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        return {"error": f"ended with exit code {self.process.wait()}"}
-
-    def sample(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return float(self._answer()["images_per_s"])  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        if self.process.poll() is None and self.process.stdin is not None:
-            self.process.stdin.close()
-            self.process.wait()
-
-
-def compare(task: str, peers: list[str], args: argparse.Namespace) -> list[dict[str, object]]:
-    """Time the peers of one task in turn and give a row for each."""
-    workers = [Worker(task, peer, args) for peer in peers]
-    rows: list[dict[str, object]] = []
-    for worker in workers:
-        if "error" in worker.ready:
-            rows.append({"task": task, "peer": worker.peer, "left_out": worker.ready["error"]})
-    workers = [w for w in workers if "error" not in w.ready]
-    samples: dict[str, list[float]] = {w.peer: [] for w in workers}
-    for _ in range(args.rounds):
-        for worker in workers:
-            samples[worker.peer].append(worker.sample())
-    for worker in workers:
-        ours = samples["opendino"]
-        own = samples[worker.peer]
-        rows.append(
-            {
-                "task": task,
-                "peer": worker.peer,
-                "images_per_s": round(statistics.median(own), 2),
-                "min": round(min(own), 2),
-                "max": round(max(own), 2),
-                "opendino_over_it": round(statistics.median([a / b for a, b in zip(ours, own)]), 3),
-            }
-        )
-        worker.close()
-    return rows
-
-
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--only", choices=["forward", "step"])
-    args = parser.parse_args()
-    for task, peers in (("forward", FORWARD), ("step", STEP)):
-        if args.only in (None, task):
-            for row in compare(task, peers, args):
-                print(json.dumps(row), flush=True)
+    add = parser.add_argument
+    add("--suite", choices=["forward", "step", "all"], default="all")
+    add("--dtypes", nargs="+", choices=["fp32", "bf16"], help="default: both; the step without bf16 where it is slow")
+    add("--peers", nargs="+", choices=FORWARD, default=list(FORWARD))
+    add("--rounds", type=int, default=5, help="samples of each peer")
+    add("--warmup", type=int, default=1, help="rounds before them that do not count")
+    add("--threads", type=int, default=2)
+    add("--batch", type=int, default=8, help="of the forward pass")
+    add("--step-batch", type=int, default=16, help="images of a training step")
+    add("--large", action="store_true", help="also the forward pass at 518 px, batch 1")
+    add("--quick", action="store_true", help="smoke run on small inputs: one round, no warm-up")
+    add("--json", type=Path, metavar="OUT", help="also write every sample here")
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.threads, args.batch, args.step_batch) < 1 or args.warmup < 0:
+        parser.error("--rounds, --threads, --batch and --step-batch must be at least 1, --warmup at least 0")
+    if args.quick:
+        args.rounds, args.warmup, args.batch, args.step_batch = 1, 0, 2, 2
+    return args
+
+
+def plan(args: argparse.Namespace, work: str) -> list[tuple[str, list[Spec]]]:
+    """Give the comparisons that are asked for: a title, and a spec for each peer."""
+    base = Spec("forward", OURS, work, threads=args.threads, seconds=0.1 if args.quick else 1.5)
+    comparisons = []
+    if args.suite != "step":
+        inputs = [(98 if args.quick else 224, args.batch)] + ([(518, 1)] if args.large else [])
+        for size, batch in inputs:
+            for dtype in args.dtypes or ("fp32", "bf16"):
+                title = f"Forward, ViT-S/14, {size} px, batch {batch}, {dtype}"
+                spec = replace(base, size=size, batch=batch, dtype=dtype)
+                comparisons.append((title, [replace(spec, peer=p) for p in FORWARD if p in args.peers]))
+    if args.suite != "forward":
+        spec = replace(base, task="step", batch=args.step_batch)
+        if args.quick:
+            spec = replace(spec, size=98, local_size=42, num_local=2, prototypes=1024)
+        crops = f"2 × {spec.size} + {spec.num_local} × {spec.local_size}"
+        for dtype in args.dtypes or step_dtypes():
+            title = f"Training step, ViT-S/14, {crops} px, batch {spec.batch}, K = {spec.prototypes:,}, {dtype}"
+            comparisons.append((title, [replace(spec, peer=p, dtype=dtype) for p in FORWARD if p in args.peers]))
+    return comparisons
+
+
+def step_dtypes() -> tuple[str, ...]:
+    """Give what the training step is timed in when nothing else is asked for."""
+    return ("fp32", "bf16") if has_bf16() else ("fp32",)
+
+
+def measure(specs: list[Spec], args: argparse.Namespace) -> list[Result]:
+    """Run one comparison; peers without this task get a row that says so."""
+    able = [s for s in specs if s.task == "forward" or s.peer in STEP]
+    found = {r.spec.peer: r for r in compare(able, args.rounds, args.warmup, say)}
+    return [found.get(s.peer) or Result(s, {"missing": NO_STEP[s.peer]}) for s in specs]
+
+
+def prepare(comparisons: list[tuple[str, list[Spec]]], args: argparse.Namespace) -> None:
+    """Write the shared weights, reference features and images of all comparisons."""
+    specs = {(s.task, s.size): s for _, specs in comparisons for s in specs}
+    files = args.step_batch * (args.rounds + args.warmup + 2)  # no peer may come to the end of an epoch
+    for spec in specs.values():
+        count = files if spec.task == "step" else 0
+        answer = run_once(replace(spec, task="prepare", peer=OURS, dtype="fp32", num_images=count))
+        if "error" in answer:
+            raise SystemExit(f"The inputs could not be prepared: {answer['error']}")
+
+
+def header(args: argparse.Namespace) -> str:
+    """Say when, how and where the figures were taken."""
+    lines = [
+        f"Taken on {date.today().isoformat()} with `python benchmarks/run.py {' '.join(sys.argv[1:])}`".rstrip(" `")
+        + "`.",
+        f"opendino at commit {commit()}. Machine: {machine()}.",
+    ]
+    if args.quick:
+        lines.append("**A smoke run: these figures mean nothing.**")
+    left_out = [p for p in FORWARD if p not in args.peers]
+    if left_out:
+        lines.append(f"Not asked for: {', '.join(left_out)}.")
+    if args.suite != "forward" and not args.dtypes and not has_bf16():
+        lines.append(
+            "This processor has no bf16 instructions; the training step was timed in fp32 alone (`--dtypes bf16` times "
+            "it in bf16 all the same)."
+        )
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Tell progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    args = parse()
+    started, failed, records = time.perf_counter(), False, []
+    with tempfile.TemporaryDirectory(prefix="opendino-bench-") as work:
+        comparisons = plan(args, work)
+        say("Preparing weights, reference features and images")
+        prepare(comparisons, args)
+        print(header(args), end="\n\n", flush=True)
+        for title, specs in comparisons:
+            say(title)
+            results = measure(specs, args)
+            failed |= any("error" in r.ready or differs(r) for r in results) or bool(different_networks(results))
+            print(markdown(title, results, args.rounds), end="\n\n", flush=True)
+            records.append(as_json(title, results))
+            if args.json:
+                write_json(args.json, {"date": date.today().isoformat(), "machine": machine(), "comparisons": records})
+    say(f"Done in {(time.perf_counter() - started) / 60:.1f} minutes")
+    return int(failed)
+
+
+def write_json(path: Path, record: dict[str, object]) -> None:
+    """Write a record aside and rename it."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    aside.rename(path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

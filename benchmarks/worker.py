@@ -1,103 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One peer of `run.py` in its own process: prints {"ready": …}, then the images/s of one sample per line read."""
+"""One peer of `run.py` in its own process.
+
+Reads its spec from the command line. Writes one line of JSON when it is ready and one for each line it reads: the
+sample. Ends when its input ends. Everything else that is printed goes to stderr.
+"""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
+import os
+import resource
 import sys
 import time
-from collections.abc import Callable
+from importlib import metadata
+from typing import IO, Any
 
-import torch
-
-SIZE = 224
-
-
-def forward_opendino(batch: torch.Tensor) -> Callable[[], object]:
-    from opendino.models.registry import get_config
-    from opendino.models.vit import VisionTransformer
-
-    model = VisionTransformer(get_config("vits14")).eval()
-    return lambda: model.forward_features(batch)
+from harness import Spec
 
 
-def forward_transformers(batch: torch.Tensor) -> Callable[[], object]:
-    from transformers import Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
-    model = Dinov2Model(config).eval()
-    return lambda: model(batch)
+class EndOfInput(Exception):  # noqa: N818 (no error)
+    """The parent wants no further sample."""
 
 
-def forward_timm(batch: torch.Tensor) -> Callable[[], object]:
-    import timm
+class Turns:
+    """The worker's end of the pipe; a peer's own loop calls `done` at the end of each step and blocks there.
 
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=SIZE, num_classes=0).eval()
-    return lambda: model.forward_features(batch)
+    Attributes:
+        started: clock at the begin of this turn, s.
+    """
+
+    def __init__(self, source: IO[str], sink: IO[str], about: dict[str, Any]) -> None:
+        self.source, self.sink, self.about = source, sink, about
+        self.started, self._cpu, self._first = 0.0, 0.0, True
+
+    def done(self, images: int = 0, **clocks: float) -> None:
+        """Answer, then wait for the next turn. The first call says that the peer is ready.
+
+        Args:
+            images: how many were computed in this turn.
+            clocks: `seconds`, and other clocks that started with the turn, s.
+
+        Raises:
+            EndOfInput: when there is no next turn.
+        """
+        if self._first:
+            answer: dict[str, Any] = self.about
+        else:
+            answer = {"images": images, **clocks, "cpu": time.process_time() - self._cpu, "rss_mib": peak_rss_mib()}
+        self._first = False
+        self.sink.write(json.dumps(answer) + "\n")
+        self.sink.flush()
+        if not self.source.readline():
+            raise EndOfInput
+        self._cpu, self.started = time.process_time(), time.perf_counter()
 
 
-def step_opendino(batch: torch.Tensor) -> Callable[[], object]:
-    from opendino.pretrain.config import PretrainConfig
-    from opendino.pretrain.student_teacher import Crops, StudentTeacher
+def peak_rss_mib() -> float:
+    """Give the largest resident memory so far, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
+
+def versions(peer: str) -> dict[str, str]:
+    """Give the versions of torch and of the peer's package."""
+    return {name: metadata.version(name) for name in ("torch", peer)}
+
+
+def run(spec: Spec, source: IO[str], sink: IO[str]) -> None:
+    """Serve turns until the input ends; say so when the peer is not installed."""
+    import torch
+
+    torch.set_num_threads(spec.threads)
     torch.manual_seed(0)
-    config = PretrainConfig.model_validate({"model": {"arch": "vits14"}, "heads": {"num_prototypes": 65536}})
-    model = StudentTeacher(config)
-    optimizer = torch.optim.AdamW(model.student.parameters(), 1e-4, fused=True)
-    n = len(batch)
-    masks = torch.rand(2 * n, 256) < 0.15
-    crops = Crops(torch.randn(2 * n, 3, 224, 224), torch.randn(8 * n, 3, 98, 98), masks)
+    turns = Turns(source, sink, {})
+    try:
+        if spec.task == "forward":
+            import forward
 
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            targets = model.targets([crops], 0.05)[0]
-            loss, _ = model.loss(crops, targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.student.parameters(), 3.0)
-        optimizer.step()
-        with torch.no_grad():
-            teacher, student = list(model.teacher.parameters()), list(model.student.parameters())
-            torch._foreach_lerp_(teacher, student, 0.008)
+            forward.serve(spec, turns)
+        elif spec.task == "step":
+            import step
 
-    return step
+            step.serve(spec, turns)
+        else:
+            import prepare
 
-
-PEERS: dict[tuple[str, str], Callable[[torch.Tensor], Callable[[], object]]] = {
-    ("forward", "opendino"): forward_opendino,
-    ("forward", "transformers"): forward_transformers,
-    ("forward", "timm"): forward_timm,
-    ("step", "opendino"): step_opendino,
-}
+            prepare.serve(spec, turns)
+    except ImportError as error:
+        if (error.name or "").split(".")[0].replace("_", "-") != spec.peer:
+            raise
+        sink.write(json.dumps({"missing": f"not installed ({error})"}) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("task")
-    parser.add_argument("peer")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    batch = torch.randn(args.batch, 3, SIZE, SIZE)
-    try:
-        call = PEERS[args.task, args.peer](batch)
-    except (ImportError, KeyError) as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-        return
-    context = torch.inference_mode() if args.task == "forward" else torch.enable_grad()
-    repeats = 4 if args.task == "forward" else 1
-    with context:
-        call()
-        print(json.dumps({"ready": args.peer}), flush=True)
-        for _ in sys.stdin:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            seconds = (time.perf_counter() - start) / repeats
-            print(json.dumps({"images_per_s": args.batch / seconds}), flush=True)
+    sink = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a peer prints must not get between the answers
+    with contextlib.suppress(EndOfInput):
+        run(Spec.loads(sys.argv[1]), sys.stdin, sink)
+    sink.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a peer's own end of training would write checkpoints
 
 
 if __name__ == "__main__":

@@ -31,12 +31,15 @@ class VisionTransformer(nn.Module):
     Attributes:
         config: shape and position-resize convention.
         preprocess: the evaluation preprocessing that belongs to the weights.
+        load_report: where the weights came from (`opendino.models.weights.LoadReport`); None for fresh ones.
 
     Example:
         >>> model = VisionTransformer(ViTConfig(img_size=28, embed_dim=16, depth=1, num_heads=2)).eval()
         >>> model(torch.zeros(2, 3, 28, 42)).shape
         torch.Size([2, 16])
     """
+
+    load_report: Any = None
 
     def __init__(self, config: ViTConfig, preprocess: PreprocessSpec | None = None) -> None:
         super().__init__()

@@ -13,22 +13,23 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
 
     Each iteration scales prototypes to 1/K and samples to 1/n; the result is scaled so that each row sums to 1.
 
+    The first iteration is done on logarithms: no prototype and no sample can underflow, however far the logits spread.
+    After it every prototype and every sample has an entry of at least 1/(K·n²), so the others need no logarithms.
+
     Args:
         logits: (n, K).
         temp: teacher temperature.
-        n_iterations: of scaling both ways.
+        n_iterations: of scaling both ways, at least 1.
 
     Returns:
         (n, K) fp32.
     """
     n, k = logits.shape
     scaled = logits.float() / temp
-    q = torch.exp(scaled - scaled.max())
-    q /= q.sum()
-    for _ in range(n_iterations):
-        # A prototype far below all others underflows to 0 for every sample and keeps 0.
-        q /= q.sum(0, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * k
-        q /= q.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * n
+    q = torch.softmax(scaled - scaled.logsumexp(0, keepdim=True), dim=1) / n
+    for _ in range(n_iterations - 1):
+        q /= q.sum(0, keepdim=True) * k
+        q /= q.sum(1, keepdim=True) * n
     return q * n
 
 

@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from opendino.errors import ConfigError
 from opendino.pretrain.crops import CropsConfig
 
+MIN_LIKENESS = 0.6
+"""Below it a known setting is not offered for an unknown one; difflib's own default."""
+
 
 class Settings(BaseModel):
     """Base of every group of settings."""
@@ -71,6 +74,12 @@ class MaskSettings(Settings):
     share: float = Field(0.5, ge=0, le=1, description="share of the global crops that are masked")
     ratio: tuple[float, float] = Field((0.1, 0.5), description="masked share of the patches of such a crop")
 
+    @model_validator(mode="after")
+    def _check(self) -> MaskSettings:
+        if not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
+            raise ValueError(f"ratio must be two rising shares of the patches in [0, 1], got {list(self.ratio)}")
+        return self
+
 
 class OptimSettings(Settings):
     """AdamW, its schedules and the teacher's momentum."""
@@ -90,6 +99,12 @@ class OptimSettings(Settings):
     freeze_last_layer_steps: int = Field(1250, ge=0)
     momentum: float = Field(0.992, ge=0, le=1, description="of the teacher's moving average, at the start")
     momentum_end: float = Field(1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimSettings:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be two values in [0, 1), got {list(self.betas)}")
+        return self
 
 
 class PretrainConfig(Settings):
@@ -156,30 +171,47 @@ def load_recipe(name: str) -> PretrainConfig:
 def parse_config(text: str, origin: str) -> PretrainConfig:
     """Build a config from YAML text; `origin` names it in errors."""
     try:
-        values = yaml.safe_load(text) or {}
-        return PretrainConfig(**values)
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {error}") from error
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin} must hold settings as `key: value`, got {type(values).__name__}.")
+    try:
+        return PretrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
-    except TypeError as error:
-        raise ConfigError(f"{origin} must hold settings as `key: value`, got {type(values).__name__}.") from error
 
 
 def _explain(problem: Any) -> str:
     where = ".".join(str(p) for p in problem["loc"])
-    if problem["type"] != "extra_forbidden":
-        return f"{where or 'settings'}: {problem['msg']}"
-    close = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(PretrainConfig), n=1)
-    return f"unknown setting {where!r}" + (f", did you mean {close[0]!r}?" if close else "")
+    if problem["type"] == "extra_forbidden":
+        close = _closest(where)
+        return f"unknown setting {where!r}" + (f", did you mean {close!r}?" if close else "")
+    # The message of a check over a whole group says itself what it was given.
+    given = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    return f"{where or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{given}"
 
 
-def _known_keys(group: type[BaseModel]) -> set[str]:
-    keys = set(group.model_fields)
-    for field in group.model_fields.values():
+def _closest(setting: str) -> str | None:
+    """Find the known setting whose name is most like that of an unknown one; its own group wins a tie."""
+    group, _, key = setting.rpartition(".")
+
+    def likeness(path: str) -> tuple[float, bool]:
+        home, _, name = path.rpartition(".")
+        return difflib.SequenceMatcher(None, key, name).ratio(), home == group
+
+    best = max(_known_settings(PretrainConfig), key=likeness)
+    return best if likeness(best)[0] >= MIN_LIKENESS else None
+
+
+def _known_settings(group: type[BaseModel], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in group.model_fields.items():
+        paths.append(prefix + name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= _known_keys(field.annotation)
-    return keys
+            paths += _known_settings(field.annotation, f"{prefix}{name}.")
+    return paths
 
 
 def with_steps(config: PretrainConfig, steps: int) -> PretrainConfig:

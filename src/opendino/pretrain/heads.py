@@ -20,6 +20,15 @@ class Prototypes(nn.Module):
         return F.linear(x, F.normalize(self.weight, dim=1).to(x.dtype))
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d that takes the running statistics for fewer than two rows, which have no variance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1 or not self.training:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 class DINOHead(nn.Module):
     """MLP, L2-normalised bottleneck and unit-norm prototypes: (n, D) → logits (n, K) (DINO §3.1; method.md §2).
 
@@ -44,7 +53,7 @@ class DINOHead(nn.Module):
             last = i == num_layers - 1
             layers.append(nn.Linear(dims[i], dims[i + 1]))
             if batch_norm:
-                layers.append(nn.BatchNorm1d(dims[i + 1], affine=not last))
+                layers.append(BatchNorm(dims[i + 1], affine=not last))
             if not last:
                 layers.append(nn.GELU())
         self.mlp = nn.Sequential(*layers)

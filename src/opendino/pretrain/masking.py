@@ -17,8 +17,9 @@ ATTEMPTS = 10
 def block_mask(height: int, width: int, num_masked: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
     """Mask exactly `num_masked` patches of a grid, in blocks.
 
-    Blocks have at least 4 patches and an aspect ratio of 0.3 to 1/0.3. When no further block fits the remaining count,
-    single patches complete it; the original leaves such masks short.
+    Blocks have at least 4 patches, or as many as are missing, and an aspect ratio of 0.3 to 1/0.3 before their sides
+    are rounded to patches. When no further block fits the remaining count, single patches complete it; the original
+    leaves such masks short.
 
     Returns:
         bool (height, width), True where masked.
@@ -36,11 +37,12 @@ def block_mask(height: int, width: int, num_masked: int, rng: np.random.Generato
 def _add_block(mask: npt.NDArray[np.bool_], missing: int, rng: np.random.Generator) -> bool:
     height, width = mask.shape
     log_aspect = math.log(1 / MIN_ASPECT)
+    smallest = min(MIN_PATCHES, missing)
     for _ in range(ATTEMPTS):
-        area = rng.uniform(min(MIN_PATCHES, missing), missing)
+        area = rng.uniform(smallest, missing)
         aspect = math.exp(rng.uniform(-log_aspect, log_aspect))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if not (1 <= h <= height and 1 <= w <= width):
+        if not (1 <= h <= height and 1 <= w <= width and h * w >= smallest):
             continue
         top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
         block = mask[top : top + h, left : left + w]

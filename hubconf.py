@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.hub entry points under the published names.
+
+    model = torch.hub.load("path/to/opendino", "dinov2_vits14", source="local")
+
+Each takes `pretrained` (False: random initialisation), `weights` (a file in any layout instead of the published one)
+and the fields of opendino.models.config.ViTConfig, e.g. img_size=224.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+dependencies = ["torch", "torchvision", "numpy", "PIL", "pydantic", "safetensors", "huggingface_hub"]
+
+
+def _backbone(name, *, pretrained=True, weights="LVD142M", **settings):
+    try:
+        import opendino
+    except ImportError:  # a clone that is not installed
+        sys.path.insert(0, str(Path(__file__).parent / "src"))
+        import opendino
+    if not pretrained:
+        return opendino.load(name, weights="random", **settings)
+    return opendino.load(name, weights=None if weights == "LVD142M" else weights, **settings)
+
+
+def _entry(name):
+    entry = partial(_backbone, name)
+    entry.__doc__ = f"DINOv2 backbone {name}: images (B, 3, H, W) to cls tokens (B, D)."
+    return entry
+
+
+dinov2_vits14 = _entry("vits14")
+dinov2_vitb14 = _entry("vitb14")
+dinov2_vitl14 = _entry("vitl14")
+dinov2_vitg14 = _entry("vitg14")
+dinov2_vits14_reg = _entry("vits14_reg")
+dinov2_vitb14_reg = _entry("vitb14_reg")
+dinov2_vitl14_reg = _entry("vitl14_reg")
+dinov2_vitg14_reg = _entry("vitg14_reg")
