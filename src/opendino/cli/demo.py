@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from opendino.evaluate.retrieval import mean_average_precision, same_source_reca
 from opendino.images.decode import decode_image
 from opendino.images.sources import open_source
 from opendino.models.vit import VisionTransformer
-from opendino.pretrain.config import load_recipe, with_steps
+from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config, with_steps
 from opendino.pretrain.trainer import Trainer
 from opendino.sample_data.demo import DemoData, build_demo_data
 
 K = 20
+WARM_STEPS, TIMED_STEPS = 5, 20
 Describe = Callable[[list[str]], Tensor]
 SCORES = {
     "emoji": "emoji k-NN, mean per class",
@@ -47,7 +49,9 @@ class Args:
     recipe: str = "vitt14_demo"
     """recipe to train by"""
     steps: int | None = None
-    """optimiser steps; the recipe's by default"""
+    """optimiser steps; the recipe's by default, fewer when they would take longer than --minutes"""
+    minutes: float = 6.0
+    """longest training time: on a slow machine the recipe is shortened to fit, and says so"""
     seed: int = 0
 
 
@@ -65,21 +69,21 @@ def run_demo(args: Args) -> dict[str, dict[str, float]]:
     console = Console()
     started = time.perf_counter()
     data = build_demo_data(args.out / "data")
-    config = load_recipe(args.recipe)
-    if args.steps:
-        config = with_steps(config, args.steps)
     update = {
         "data": str(training_list(data, args.out)),
         "out": str(args.out / f"run-seed{args.seed}"),
         "seed": args.seed,
     }
-    config = config.model_copy(update=update)
+    config = load_recipe(args.recipe).model_copy(update=update)
     console.print("Scoring raw pixels and the untrained model …")
     table = {"raw 16×16 pixels": score_all(data, raw_pixels)}
-    fresh = Trainer(config.model_copy(update={"out": str(args.out / f".fresh-seed{args.seed}")})).teacher
-    table["before training"] = score_all(data, describe_with(fresh))
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Trainer(config.model_copy(update={"out": folder})).teacher
+        table["before training"] = score_all(data, describe_with(fresh))
+    config = with_length(config, args, console)
     pretrain(config)
     trained = Trainer(config).teacher
+    console.print("Scoring the trained model …")
     table["after training"] = score_all(data, describe_with(trained))
     show(console, table)
     (args.out / f"scores-seed{args.seed}.json").write_text(json.dumps(table, indent=1))
@@ -87,6 +91,33 @@ def run_demo(args: Args) -> dict[str, dict[str, float]]:
     report = write_report(args.out, Path(config.out), data, table, trained, describe_with(trained), minutes)
     console.print(f"{minutes:.1f} minutes. Open {report}")
     return table
+
+
+def with_length(config: PretrainConfig, args: Args, console: Console) -> PretrainConfig:
+    """Fix the number of steps: that of --steps or of the run being continued, else the recipe's or what time allows."""
+    begun = Path(config.out) / "config.yaml"
+    if args.steps:
+        return with_steps(config, args.steps)
+    if begun.is_file():
+        return with_steps(config, parse_config(begun.read_text(), str(begun)).steps)
+    allowed = int(args.minutes * 60 / seconds_per_step(config))
+    if allowed >= config.steps:
+        return config
+    console.print(
+        f"This machine makes about {allowed} steps in {args.minutes:g} minutes; the recipe's {config.steps} are "
+        f"shortened to that. --minutes gives it longer.",
+        highlight=False,
+    )
+    return with_steps(config, max(allowed, 1))
+
+
+def seconds_per_step(config: PretrainConfig) -> float:
+    """Time a few steps of a run that is thrown away; its first steps, which warm up, do not count."""
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        short = config.model_copy(update={"out": folder, "steps": WARM_STEPS + TIMED_STEPS, "checkpoint_every": 10**9})
+        Trainer(short, on_step=lambda record: times.append(config.batch_size / record["images_per_s"])).train()
+    return sum(times[WARM_STEPS:]) / TIMED_STEPS
 
 
 def training_list(data: DemoData, out: Path) -> Path:
@@ -106,12 +137,16 @@ def show(console: Console, table: dict[str, dict[str, float]]) -> None:
 
 
 def describe_with(model: VisionTransformer) -> Describe:
-    """Make a function from paths to L2-normalised cls tokens (n, D)."""
+    """Make a function from paths to L2-normalised cls tokens (n, D); each image is embedded once."""
     model.eval()
-    embedder = Embedder(model, precision="fp32", batch_size=64)
+    embedder = Embedder(model, precision="fp32", batch_size=64, what=("cls",))
+    known: dict[str, Tensor] = {}
 
     def describe(paths: list[str]) -> Tensor:
-        return normalize(torch.as_tensor(embedder(paths).cls), dim=1)
+        new = [path for path in dict.fromkeys(paths) if path not in known]
+        if new:
+            known.update(zip(new, normalize(torch.as_tensor(embedder(new).cls), dim=1), strict=True))
+        return torch.stack([known[path] for path in paths])
 
     return describe
 

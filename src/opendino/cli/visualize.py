@@ -56,6 +56,8 @@ class PcaArgs:
     images' borders less is the object."""
     basis: Path | None = None
     """File of a PCA basis: reused when it exists (then --foreground is as it was fitted), else written."""
+    max_errors: int | None = None
+    """Fail when more images than this cannot be read; default: never."""
     weights: str | None = None
     """Weight file for a model given by name; 'random' draws them from seed 0."""
 
@@ -72,6 +74,8 @@ class AttentionArgs:
     """Folder for NAME_mean.png and NAME_head0.png, …, as large as the image."""
     size: int = 448
     """Shorter side given to the model, pixels."""
+    max_errors: int | None = None
+    """Fail when more images than this cannot be read; default: never."""
     weights: str | None = None
     """Weight file for a model given by name; 'random' draws them from seed 0."""
 
@@ -120,7 +124,7 @@ def draw_pca(model: VisionTransformer, paths: list[str], args: PcaArgs) -> int:
 
     reuse = args.basis is not None and args.basis.exists()
     basis = PCABasis.load(args.basis) if args.basis is not None and reuse else None
-    seen = list(readable(paths, lambda path: patch_tokens(model, path, args.size)))
+    seen = list(readable(paths, lambda path: patch_tokens(model, path, args.size), args.max_errors))
     if basis is None:
         rule = args.rule if args.foreground else None
         basis = fit_basis([tokens for _, (tokens, _, _) in seen], [grid for _, (_, grid, _) in seen], rule)
@@ -136,32 +140,38 @@ def draw_attention(model: VisionTransformer, paths: list[str], args: AttentionAr
     from opendino.views.attention import head_pictures
 
     written = 0
-    for name, pictures in readable(paths, lambda path: head_pictures(model, path, args.size)):
+    for name, pictures in readable(paths, lambda path: head_pictures(model, path, args.size), args.max_errors):
         for i, picture in enumerate(pictures):
             save_png(picture, args.out / f"{name}_{f'head{i - 1}' if i else 'mean'}.png")
         written += len(pictures)
     return written
 
 
-def readable(paths: list[str], compute: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+def readable(paths: list[str], compute: Callable[[str], T], max_errors: int | None = None) -> Iterator[tuple[str, T]]:
     """Iterate over (name to write under, result) of the images; unreadable ones are named on standard error.
 
     Raises:
-        DataError: when no image could be read.
+        DataError: when no image could be read, or more than `max_errors` could not.
     """
     console = Console(stderr=True)
     done: set[str] = set()
+    errors = 0
     for path in track(paths, "images", console=console, disable=not sys.stderr.isatty()):
         try:
             result = compute(path)
         except DataError as error:
-            console.print(f"Left out: {error}", highlight=False)
+            console.print(f"Left out: {error}", highlight=False, markup=False)
+            errors += 1
+            if max_errors is not None and errors > max_errors:
+                raise DataError(f"{errors} images cannot be read, more than --max-errors {max_errors}.") from error
             continue
         name = unused_name(Path(path).stem, done)
         done.add(name)
         yield name, result
     if not done:
         raise DataError(f"None of the {len(paths)} images could be read; the reasons are above.")
+    if errors:
+        console.print(f"{errors} of {len(paths)} images could not be read.", highlight=False)
 
 
 def unused_name(stem: str, used: set[str]) -> str:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,39 +15,60 @@ from torch import Tensor
 
 from opendino.errors import DataError
 
+# What Pillow and its plug-ins raise on damaged files, beside OSError which is what they promise.
+DAMAGED = (
+    OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, AttributeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
 
 def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
     """Read an image as uint8 (channels, H, W).
 
-    EXIF orientation is applied, transparency is laid on white, CMYK and palettes become RGB, 16-bit grey is scaled to
-    8 bits (divided by 257).
+    EXIF orientation is applied, transparency is laid on white, CMYK, palettes and the like become RGB; of an animation
+    the first frame is taken. 16-bit grey is divided by 257; 32-bit and float grey have no declared white, and are
+    divided by 257 when a value is above 255.
 
     Args:
         source: a path, or the bytes of a file.
         channels: 3 for RGB, 1 for grey.
 
     Raises:
-        DataError: for a missing, truncated or corrupt file, with its path and the reason.
+        DataError: for a missing, truncated or corrupt file, with its path and the reason, and for another number of
+            channels.
     """
+    if channels not in (1, 3):
+        raise DataError(
+            f"Image files are read as 3 channels (RGB) or 1 (grey), and {channels} were asked for. Give arrays of "
+            "(height, width, channels) to a model with other channels."
+        )
     name = "<bytes>" if isinstance(source, bytes) else str(source)
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file) as picture:
             picture.load()
-            image = _to_mode(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = flatten(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
+    except DAMAGED as error:
         raise DataError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+    return as_tensor(image)
 
 
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+def flatten(image: Image.Image, mode: str) -> Image.Image:
+    """Bring a Pillow image of any mode to "RGB" or "L", transparency laid on white."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        eight = values / 257 if values.max(initial=0) > 255 else values
+        sixteen = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        eight = values / 257 if sixteen else values
         image = Image.fromarray(eight.round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert(mode)
+    converted: Image.Image = image.convert(mode)
+    return converted
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """Give the pixels of an "RGB" or "L" image as uint8 (C, H, W)."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)

@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from opendino.errors import ConfigError, DataError
+from opendino.images.decode import as_tensor, flatten
 from opendino.models.config import PreprocessSpec
 
 Fit = Literal["crop", "resize", "pad"]
@@ -67,6 +68,9 @@ class Preprocess:
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
         return (fitted.float() / 255 - mean) / std
 
+    def __repr__(self) -> str:
+        return f"Preprocess({self.height}x{self.width}, fit={self.fit!r}, {self.spec!r})"
+
     def _scaled(self, pixels: Tensor, height: int, width: int) -> Tensor:
         out: Tensor = tv.resize(pixels, [max(height, 1), max(width, 1)], interpolation=self.mode, antialias=True)
         return out
@@ -96,27 +100,51 @@ class Preprocess:
 def to_tensor(image: Any, channels: int = 3) -> Tensor:
     """Check an image in memory and give it as uint8 (C, H, W).
 
+    Args:
+        image: a PIL image of any mode, a uint8 array (H, W, C), or a uint8 tensor (C, H, W). Two-dimensional arrays are
+            grey and are repeated over the channels.
+        channels: C, what the model takes.
+
     Raises:
-        DataError: for arrays that are not uint8 (H, W, C), with the reason: floats may or may not be scaled, and
-            guessing wrong costs 10 points silently.
+        DataError: for anything else, with the reason. Floats may or may not be scaled, and a guess that is wrong costs
+            accuracy silently.
     """
     if isinstance(image, Image.Image):
-        mode = "RGB" if channels == 3 else "L"
-        pixels = torch.from_numpy(np.array(image.convert(mode)))
-        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        return as_tensor(flatten(image, "RGB" if channels == 3 else "L"))
     is_tensor = isinstance(image, Tensor)
     if not is_tensor and not isinstance(image, np.ndarray):
         raise DataError(f"An image was given as {type(image).__name__}; give a path, a PIL image or a uint8 array.")
     if image.dtype not in (torch.uint8, np.uint8):
         raise DataError(
-            f"An image array has dtype {image.dtype}; it must be uint8 with values 0–255. If yours is scaled to 0–1, "
-            "give (255 * x).round().astype('uint8')."
+            f"An image array has dtype {image.dtype}{_range_of(image)}; it must be uint8 with values 0 to 255. If "
+            "yours is scaled to 0–1, give (255 * x).round().astype('uint8')."
         )
-    tensor = image if is_tensor else torch.from_numpy(np.ascontiguousarray(image))
-    if not is_tensor:
-        tensor = tensor[..., None] if tensor.ndim == 2 and channels == 1 else tensor
-        tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+    # A copy where the array is read-only, which torch does not take.
+    tensor = image if is_tensor else torch.from_numpy(np.require(image, requirements=["C", "W"]))
+    if tensor.ndim == 2 and 0 not in tensor.shape:
+        return tensor[None].expand(channels, -1, -1)
+    if not is_tensor and tensor.ndim == 3:
+        tensor = tensor.permute(2, 0, 1)
     if tensor.ndim != 3 or tensor.shape[0] != channels or 0 in tensor.shape:
-        wanted = f"({channels}, height, width)" if is_tensor else f"(height, width, {channels})"
-        raise DataError(f"An image array has shape {tuple(image.shape)}; it must be {wanted}, one image at a time.")
+        raise DataError(_bad_shape(tuple(image.shape), channels, is_tensor))
     return tensor
+
+
+def _range_of(image: Any) -> str:
+    if 0 in image.shape or str(image.dtype).startswith(("complex", "<U", "object")):
+        return ""
+    return f" with values from {float(image.min()):.3g} to {float(image.max()):.3g}"
+
+
+def _bad_shape(shape: tuple[int, ...], channels: int, is_tensor: bool) -> str:
+    wanted = f"({channels}, height, width)" if is_tensor else f"(height, width, {channels})"
+    hint = ""
+    if len(shape) == 4:
+        hint = " It looks like a batch: give a list of images."
+    elif len(shape) == 3 and shape[-1 if is_tensor else 0] == channels:
+        hint = " Its channels are at the other end: turn it with " + (
+            "x.permute(2, 0, 1)." if is_tensor else "np.moveaxis(x, 0, -1)."
+        )
+    elif len(shape) == 3 and shape[0 if is_tensor else -1] == 4:
+        hint = " It seems to have an alpha channel: lay it on a background, or give a PIL image."
+    return f"An image array has shape {shape}; it must be {wanted}, one image at a time.{hint}"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def open_source(path: str | Path) -> ImageSource:
     elif not path.is_file():
         raise DataError(f"{path} does not exist. Give a folder of images, a .txt list, a .csv or an image file.")
     elif path.suffix.lower() == ".txt":
-        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        lines = (line.strip() for line in _text(path).splitlines())
         items = [ImageItem(_beside(path, line)) for line in lines if line]
     elif path.suffix.lower() == ".csv":
         items = _table(path)
@@ -82,13 +82,26 @@ def _folder(root: Path) -> list[ImageItem]:
 
 
 def _table(path: Path) -> list[ImageItem]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows: Iterable[dict[str, str]] = csv.DictReader(file)
-        rows = list(rows)
+    text = _text(path)
+    header = text.split("\n", 1)[0]
+    separator = max(",;\t", key=header.count)
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
     if not rows or "path" not in rows[0]:
         columns = list(rows[0]) if rows else []
         raise DataError(f"{path} has the columns {columns}; it needs a header line with `path` (and may have `label`).")
+    empty = [i for i, row in enumerate(rows, 2) if not row["path"]]
+    if empty:
+        raise DataError(
+            f"{path} has no path in line {empty[0]} ({len(empty)} such lines). Fill them in or remove them."
+        )
     return [ImageItem(_beside(path, row["path"]), row.get("label") or None) for row in rows]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
 
 
 def _beside(list_file: Path, entry: str) -> str:
