@@ -13,7 +13,7 @@ def test_all_recipes_are_there():
     assert list_recipes() == ["vitb14", "vitg14", "vitl14_long", "vitl14_short", "vits14", "vitt14_demo"]
 
 
-@pytest.mark.parametrize("name", [r for r in ["vits14", "vitb14", "vitl14_short", "vitl14_long", "vitg14"]])
+@pytest.mark.parametrize("name", ["vits14", "vitb14", "vitl14_short", "vitl14_long", "vitg14"])
 def test_what_all_published_recipes_share(name):
     c = load_recipe(name)
     assert c.recipe == name

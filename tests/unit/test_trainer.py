@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step does when things go wrong, and in every precision."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opendino.errors import ConfigError, DataError
+from opendino.pretrain.config import parse_config
+from opendino.pretrain.trainer import Trainer
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        field = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(field).resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    return folder
+
+
+def trainer(images, out, extra="", **options):
+    text = f"""
+    data: {images}
+    out: {out}
+    steps: 6
+    batch_size: 4
+    num_workers: 0
+    device: cpu
+    precision: fp32
+    log_every: 1
+    checkpoint_every: 100
+    model: {{patch_size: 7, embed_dim: 12, depth: 1, num_heads: 2, init_values: 1.0}}
+    crops: {{global_size: 28, local_size: 14, num_local: 2}}
+    heads: {{num_prototypes: 8, hidden_dim: 8, bottleneck_dim: 4}}
+    optim: {{lr: 1.0e-2, lr_rule: none, warmup_steps: 2, freeze_last_layer_steps: 1}}
+    """
+    config = parse_config(text, "test")
+    changes = parse_config(extra or "{}", "test").model_dump(exclude_unset=True)
+    merged = config.model_dump()
+    for key, value in changes.items():
+        merged[key] = merged[key] | value if isinstance(value, dict) else value
+    return Trainer(type(config).model_validate(merged), **options)
+
+
+def records(run):
+    return [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
+
+
+def poison(run, steps):
+    """Make the loss NaN at some steps by a weight that is put back after the step."""
+    real = run.model.loss
+
+    def loss(*args):
+        total, parts = real(*args)
+        return (total * float("nan") if run.step in steps else total), parts
+
+    run.model.loss = loss
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(images, tmp_path):
+    run = trainer(images, tmp_path / "run", "loss: {centering: moving}")
+    poison(run, {2, 4})
+    states = []
+    run.on_step = lambda record: states.append(
+        {k: v.clone() for k, v in run.model.state_dict().items() if "num_batches" not in k}
+    )
+    run.train()
+    assert [r["bad_steps"] for r in records(run)] == [0, 0, 1, 1, 2, 2]
+    for before, after, same in zip(states, states[1:], [False, True, False, True, False]):
+        changed = [k for k in before if not torch.equal(before[k], after[k])]
+        assert (not changed) is same, changed[:3]
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(images, tmp_path):
+    run = trainer(images, tmp_path / "run", "max_bad_steps: 3")
+    poison(run, {1, 2, 3, 4})
+    with pytest.raises(ConfigError, match="3 steps in a row.*Lower --optim.lr"):
+        run.train()
+    assert run.step == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("centering", ["sinkhorn", "moving"])
+def test_every_precision_trains(precision, centering, images, tmp_path):
+    # The fp16 scaler starts high: it skips its first steps and halves itself at each.
+    steps = 24 if precision == "fp16" else 6
+    text = f"{{precision: {precision}, steps: {steps}, max_bad_steps: 20, loss: {{centering: {centering}}}}}"
+    run = trainer(images, tmp_path / "run", text)
+    before = run.teacher.cls_token.detach().clone()
+    last = run.train()
+    assert last["step"] == steps
+    assert all(np.isfinite(r["loss"]) for r in records(run))
+    assert not torch.equal(run.teacher.cls_token, before)
+    assert all(p.dtype is torch.float32 for p in run.model.parameters())
+    assert last["bad_steps"] == 0 if precision != "fp16" else last["bad_steps"] < 20
+
+
+def test_accumulation_trains_and_records_the_mean(images, tmp_path):
+    one = trainer(images, tmp_path / "one", "loss: {koleo_weight: 0.0}")
+    two = trainer(images, tmp_path / "two", "{accumulate: 2, loss: {koleo_weight: 0.0}}")
+    one.train()
+    two.train()
+    for a, b in zip(records(one), records(two)):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+    assert records(one)[0]["loss"] == pytest.approx(records(two)[0]["loss"], abs=1e-5)
+
+
+def test_the_record_has_schedules_health_and_each_step_once(images, tmp_path):
+    run = trainer(images, tmp_path / "run", probe=lambda model: {"knn20_top1": 50.0})
+    run.train()
+    found = records(run)
+    assert [r["step"] for r in found] == [0, 1, 2, 3, 4, 5, 6]
+    assert found[0]["probe"] == {"knn20_top1": 50.0}
+    assert [r["lr"] for r in found[1:4]] == pytest.approx([0.0, 0.005, 0.01])
+    assert found[1]["last_layer_lr"] == 0.0
+    assert found[3]["last_layer_lr"] == found[3]["lr"]
+    for key in ("dino", "ibot", "koleo", "teacher_entropy", "feature_rank", "momentum", "weight_decay", "images_per_s"):
+        assert key in found[1]
+
+
+def test_unreadable_images_are_counted_and_limited(images, tmp_path, caplog):
+    (images / "3.jpg").write_text("no image")
+    run = trainer(images, tmp_path / "run")
+    run.train()
+    assert records(run)[-1]["image_errors"] >= 1
+    assert "3.jpg" in caplog.text
+    with pytest.raises(DataError, match="more than --max-errors 0"):
+        trainer(images, tmp_path / "strict", "max_errors: 0").train()
+
+
+def test_a_finished_run_is_left_alone(images, tmp_path):
+    run = trainer(images, tmp_path / "run")
+    run.train()
+    again = trainer(images, tmp_path / "run")
+    assert again.step == 6
+    assert again.train() == {}
+    assert len(records(again)) == 6
