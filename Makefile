@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 PYTHON ?= python3.11
 VENV := .venv
+BENCH := .venv-bench
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -26,8 +27,14 @@ test: $(STAMP)  ## every test that takes seconds
 test-slow: $(STAMP)  ## the tests that take minutes, and those that need a package registry
 	$(BIN)/python -m pytest -m "slow or net"
 
-bench: $(STAMP)  ## time forward and training step against peers, in an environment of its own
-	$(BIN)/python benchmarks/run.py
+$(BENCH)/.installed: benchmarks/requirements.txt benchmarks/requirements-lightly-train.txt \
+		benchmarks/requirements-timm.txt benchmarks/requirements-transformers.txt pyproject.toml
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet $(foreach f,$(wildcard benchmarks/requirements*.txt),-r $(f)) -e .
+	touch $@
+
+bench: $(BENCH)/.installed  ## time forward and training step against peers, in an environment of its own
+	$(BENCH)/bin/python benchmarks/run.py
 
 lint: $(STAMP)  ## style, types and import arrows
 	$(BIN)/ruff check src tests benchmarks

@@ -17,7 +17,8 @@ def config(separate=False, centering="moving", koleo=0.1, arch="vits14", drop=0.
     return parse_config(
         f"""
         model:
-          {{arch: {arch}, patch_size: 7, embed_dim: 12, depth: 2, num_heads: 2, init_values: 0.7, drop_path_rate: {drop}}}
+          {{arch: {arch}, patch_size: 7, embed_dim: 12, depth: 2, num_heads: 2, init_values: 0.7,
+           drop_path_rate: {drop}}}
         crops: {{global_size: 28, local_size: 14, num_local: {L}}}
         heads: {{num_prototypes: 10, hidden_dim: 8, bottleneck_dim: 5, separate: {str(separate).lower()}}}
         loss: {{centering: {centering}, koleo_weight: {koleo}}}

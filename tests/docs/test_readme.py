@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's and the docs' commands and Python, run as they stand on small images and a small model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from opendino.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = "--steps 2 --batch-size 2 --num-workers 0 --model.depth 1 --heads.num-prototypes 16".split()  # noqa: SIM905
+
+
+def commands():
+    """Every line of a page that begins with `opendino`."""
+    for page in PAGES:
+        for line in re.findall(r"^(?: {4})?(opendino [^#\n]+)", page.read_text(), re.MULTILINE):
+            yield pytest.param(shlex.split(line), id=f"{page.name}: {line.strip()}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the pages speak of: photos/, train/ and val/, labelled/, a run, a published file, two pictures."""
+    root = tmp_path_factory.mktemp("user")
+    rng = np.random.default_rng(0)
+    names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
+             for i in range(2)]  # fmt: skip
+    for name in [f"photos/{i}.jpg" for i in range(4)] + names + ["a.jpg", "b.jpg"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        field = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(field).resize((64, 48), Image.Resampling.BICUBIC).save(root / name)
+    data = ["--data", str(root / "photos"), "--out", str(root / "run")]
+    assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
+    import torch
+
+    import opendino
+
+    model = opendino.load("vits14", weights="random")
+    torch.save(model.state_dict(), root / "dinov2_vits14_pretrain.pth")
+    return root
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    args = words[1:]
+    if args[0] == "pretrain":
+        args = [*args, *SMALL]
+        args[args.index("--out") + 1] = str(tmp_path / "run")
+    elif "--out" in args:
+        args[args.index("--out") + 1] = str(tmp_path / "out")
+    assert args[0] in COMMANDS
+    if args[0] == "demo":
+        pytest.skip("make demo takes minutes; tests/integration and CI's users run it")
+    assert main(args) == 0
+
+
+def test_the_python_of_the_readme_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    local = code.replace('opendino.load("vits14")', 'opendino.load("vits14", weights="dinov2_vits14_pretrain.pth")')
+    assert local != code
+    names = {}
+    exec(local, names)
+    assert names["vectors"].shape == (2, 384)
+
+
+def test_every_make_target_of_the_readme_exists():
+    targets = set(re.findall(r"^make (\S+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_files_named_in_the_pages_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+    for name in re.findall(r"`((?:docs|benchmarks|tests|src)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
