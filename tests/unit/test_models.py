@@ -130,3 +130,20 @@ def test_unknown_names_and_settings_are_refused_with_the_closest_match():
         get_config("vits41")
     with pytest.raises(ConfigError, match="embed_dimm"):
         get_config("vits14", embed_dimm=3)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_model_gives_the_same_tokens_and_gradients(backend):
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig(img_size=28, embed_dim=16, depth=2, num_heads=2, num_register_tokens=2))
+    x = torch.randn(2, 3, 28, 42)
+    plain = model(x)
+    plain.sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)(x)
+    compiled.sum().backward()
+    assert torch.allclose(compiled, plain, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            assert torch.allclose(parameter.grad, gradients[name], atol=1e-4), name

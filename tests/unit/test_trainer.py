@@ -141,3 +141,11 @@ def test_a_finished_run_is_left_alone(images, tmp_path):
     assert again.step == 6
     assert again.train() == {}
     assert len(records(again)) == 6
+
+
+def test_freed_memory_is_kept_where_the_c_library_can():
+    import platform
+
+    from opendino.pretrain.memory import keep_freed_memory
+
+    assert keep_freed_memory() is (platform.libc_ver()[0] == "glibc" and platform.system() == "Linux")

@@ -31,6 +31,7 @@ from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch, make_loader
 from opendino.pretrain.health import health
 from opendino.pretrain.masking import batch_masks
+from opendino.pretrain.memory import keep_freed_memory
 from opendino.pretrain.optimizer import apply_schedule, build_adamw, clip_each, ema_update, parameter_groups
 from opendino.pretrain.photometric import apply_photometric
 from opendino.pretrain.schedules import cosine_schedule, linear_warmup, scaled_lr
@@ -62,6 +63,8 @@ class Trainer:
         self.run = Path(config.out)
         self.device = choose_device(config.device)
         self.amp_dtype = choose_precision(config.precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.source = open_source(config.data)
         if len(self.source) < config.batch_size:
             raise DataError(
