@@ -2,8 +2,8 @@
 """Keeping freed memory on a CPU: what makes a training step of large tensors faster there than anything else.
 
 By default glibc maps every block above 32 MiB afresh and gives it back when it is freed, so that each step pays for the
-same pages again (faults, zeroing). With higher thresholds freed blocks stay in the process; its peak memory is the same,
-but it does not shrink between peaks.
+same pages again (faults, zeroing). With higher thresholds freed blocks stay in the process: its peak memory is the same
+and it does not shrink between peaks.
 """
 
 from __future__ import annotations
