@@ -22,7 +22,13 @@ from opendino.views.attention import attention_pictures
 from opendino.views.pca import pca_pictures
 
 QUERIES, NEIGHBOURS, TILE, PICTURES = 5, 6, 96, 6
-SCORE_NAMES = ("emoji", "objects", "labelled", "retrieval", "heldout")
+SCORE_NAMES = {
+    "emoji": "emoji k-NN",
+    "objects": "cut-outs k-NN",
+    "labelled": "photographs k-NN",
+    "retrieval": "emoji retrieval",
+    "heldout": "other crops",
+}
 
 
 def write_report(
@@ -41,7 +47,7 @@ def write_report(
     shown = photographs[::every][:PICTURES]
     sections = [
         Section("What this is", [introduction(data, records, minutes)]),
-        Section("Scores, percent", score_notes(data), ["", *SCORE_NAMES], score_rows(table)),
+        Section("Scores, percent", score_notes(data), ["", *SCORE_NAMES.values()], score_rows(table)),
         Section("Training", figures=training_figures(records)),
         Section("Patch features, first three components", figures=pairs(shown, pca_pictures(model, shown))),
         Section("Attention of the cls token, last layer", figures=pairs(shown, attention_pictures(model, shown))),
@@ -69,10 +75,10 @@ def introduction(data: DemoData, records: list[dict[str, Any]], minutes: float) 
 def score_notes(data: DemoData) -> list[str]:
     """Say what the columns are."""
     return [
-        "emoji: k-NN on held-out emoji, mean per class. objects: k-NN on held-out photo cut-outs. labelled: k-NN on "
-        "photographs in five classes; the same photographs, without their labels, are part of the training tiles. "
-        "retrieval: mAP (medium) of finding the same emoji drawn by others. heldout: share of crops of held-out "
-        "photographs whose nearest neighbour is another crop of the same photograph."
+        "emoji k-NN: held-out emoji in their classes, mean per class. cut-outs k-NN: held-out photographed objects. "
+        "photographs k-NN: five classes; the same photographs, without their labels, are part of the training tiles. "
+        "emoji retrieval: mAP (medium) of finding the same emoji drawn by others. other crops: share of crops of "
+        "held-out photographs whose nearest neighbour is another crop of the same photograph. All k = 20, cosine."
     ]
 
 
