@@ -149,3 +149,9 @@ def test_freed_memory_is_kept_where_the_c_library_can():
     from opendino.pretrain.memory import keep_freed_memory
 
     assert keep_freed_memory() is (platform.libc_ver()[0] == "glibc" and platform.system() == "Linux")
+
+
+def test_one_image_a_micro_batch_leaves_koleo_out_and_says_so(images, tmp_path, caplog):
+    run = trainer(images, tmp_path / "run", "{batch_size: 1, steps: 2}")
+    assert "KoLeo is left out" in caplog.text
+    assert run.train()["koleo"] == 0

@@ -71,6 +71,10 @@ class Trainer:
                 f"{config.data} has {len(self.source)} images and a batch is {config.batch_size}. Add images, or lower "
                 "--batch-size."
             )
+        if config.loss.koleo_weight and config.batch_size // config.accumulate < 2:
+            log.warning(
+                "KoLeo is left out: it needs two images in a micro-batch, and there is one. Raise --batch-size."
+            )
         torch.manual_seed(stream_seed(config.seed, INIT_STREAM, 0))
         self.model = StudentTeacher(config).to(self.device)
         self.networks = dict(self.model.student.items())
