@@ -50,7 +50,7 @@ class Args:
     """recipe to train by"""
     steps: int | None = None
     """optimiser steps; the recipe's by default, fewer when they would take longer than --minutes"""
-    minutes: float = 5.0
+    minutes: float = 4.0
     """longest training time: on a slow machine the recipe is shortened to fit, and says so"""
     seed: int = 0
 
