@@ -24,9 +24,23 @@ from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
 from opendino.pretrain.trainer import Trainer
 
 Change = dict[str, Any]
+BASE: Change = {
+    "batch_size": 64, "model.depth": 6, "crops.num_local": 6, "loss.teacher_temp": 0.05,
+    "loss.warmup_teacher_temp": 0.04, "loss.warmup_teacher_temp_steps": 214, "optim.lr": 1.5e-3,
+    "optim.min_lr": 1.5e-5, "optim.momentum": 0.99,
+}  # fmt: skip
+"""Where the trials started from; vitt14_demo is what came out of them ("together")."""
 TRIALS: dict[str, Change] = {
-    "recipe": {},
-    "recipe, seed 1": {"seed": 1},
+    "none": {},
+    "seed 1": {"seed": 1},
+    "together": {
+        "optim.lr": 5e-4,
+        "optim.momentum": 0.98,
+        "batch_size": 32,
+        "loss.teacher_temp": 0.04,
+        "model.depth": 4,
+        "crops.num_local": 4,
+    },  # fmt: skip
     "no BatchNorm in the heads": {"heads.batch_norm": False},
     "LayerScale 1e-5": {"model.init_values": 1e-5},
     "LayerScale 0.1": {"model.init_values": 0.1},
@@ -64,7 +78,7 @@ def changed(config: PretrainConfig, change: Change) -> PretrainConfig:
 
 def run_trial(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train one variant over `args.images` images and give its line."""
-    config = changed(load_recipe(args.recipe), TRIALS[name])
+    config = changed(changed(load_recipe(args.recipe), BASE), TRIALS[name])
     config = with_steps(config, args.images // config.batch_size)
     out = args.out / name.replace(" ", "_").replace(",", "")
     update = {"data": args.data, "out": str(out), "num_workers": 0, "checkpoint_every": 10**9, "log_every": 5}
