@@ -40,7 +40,7 @@ TRIALS: dict[str, Change] = {
         "loss.teacher_temp": 0.04,
         "model.depth": 4,
         "crops.num_local": 4,
-    },  # fmt: skip
+    },
     "no BatchNorm in the heads": {"heads.batch_norm": False},
     "LayerScale 1e-5": {"model.init_values": 1e-5},
     "LayerScale 0.1": {"model.init_values": 0.1},
