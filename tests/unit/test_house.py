@@ -12,7 +12,8 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "opendino"
 MAY_IMPORT = {
     "models": {"models"},
     "images": {"models", "images"},
-    "pretrain": {"models", "images", "pretrain"},
+    "distributed": {"distributed"},
+    "pretrain": {"models", "images", "distributed", "pretrain"},
     "embed": {"models", "images", "embed"},
     "evaluate": {"models", "images", "evaluate"},
     "views": {"models", "images", "views"},
