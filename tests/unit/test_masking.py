@@ -69,16 +69,16 @@ def test_masks_are_made_of_blocks_and_not_of_single_patches():
     assert np.mean(together) > 0.6  # 0.25 for single patches
 
 
-@pytest.mark.parametrize(("crops", "share", "masked"), [(8, 0.5, 4), (10, 0.3, 3), (7, 0.5, 3), (5, 1.0, 5), (5, 0, 0)])
+@pytest.mark.parametrize(("crops", "share", "masked"), [(8, 0.5, 4), (10, 0.3, 3), (6, 0.5, 3), (4, 1.0, 4), (4, 0, 0)])
 def test_share_of_masked_crops(crops, share, masked):
-    masks = batch_masks(crops, (16, 16), rng(), share=share)
+    masks = batch_masks(crops // 2, (16, 16), share=share)
     assert masks.shape == (crops, 256)
     assert int(masks.any(1).sum()) == masked
 
 
 def test_one_ratio_from_each_sub_interval():
     for seed in range(20):
-        counts = batch_masks(16, (16, 16), rng(seed), ratio=(0.1, 0.5), share=0.5).sum(1)
+        counts = batch_masks(8, (16, 16), seed=seed, ratio=(0.1, 0.5), share=0.5).sum(1)
         counts = sorted(counts[counts > 0].tolist())
         assert len(counts) == 8
         for i, count in enumerate(counts):
@@ -87,22 +87,33 @@ def test_one_ratio_from_each_sub_interval():
 
 
 def test_masked_crops_are_shuffled():
-    found = np.stack([batch_masks(8, (6, 6), rng(seed)).any(1).numpy() for seed in range(200)])
+    found = np.stack([batch_masks(4, (6, 6), seed=seed).any(1).numpy() for seed in range(200)])
     assert (np.abs(found.mean(0) - 0.5) < 0.15).all()
-    counts = np.stack([batch_masks(8, (16, 16), rng(seed), share=1.0).sum(1).numpy() for seed in range(50)])
+    counts = np.stack([batch_masks(4, (16, 16), step=seed, share=1.0).sum(1).numpy() for seed in range(50)])
     assert np.ptp(counts.mean(0)) < 30  # no crop always has the largest ratio
 
 
-def test_masks_follow_from_the_generator_alone():
+def test_masks_follow_from_seed_and_step_alone():
     np.random.seed(1)
-    a = batch_masks(6, (8, 8), rng(3))
+    a = batch_masks(3, (8, 8), seed=3, step=5)
     np.random.seed(2)
-    assert (a == batch_masks(6, (8, 8), rng(3))).all()
-    assert (a != batch_masks(6, (8, 8), rng(4))).any()
+    assert (a == batch_masks(3, (8, 8), seed=3, step=5)).all()
+    assert (a != batch_masks(3, (8, 8), seed=3, step=6)).any()
+    assert (a != batch_masks(3, (8, 8), seed=4, step=5)).any()
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_processes_together_draw_the_masks_of_one(parts):
+    whole = batch_masks(6, (8, 8), seed=1, step=2).reshape(2, 6, 64)
+    size = 6 // parts
+    for i in range(parts):
+        mine = slice(i * size, (i + 1) * size)
+        part = batch_masks(6, (8, 8), seed=1, step=2, images=mine)
+        assert (part.reshape(2, size, 64) == whole[:, mine]).all()
 
 
 def test_grids_that_are_not_square_are_row_major():
-    masks = batch_masks(40, (2, 12), rng(), ratio=(0.3, 0.3), share=1.0)
+    masks = batch_masks(20, (2, 12), ratio=(0.3, 0.3), share=1.0)
     assert (masks.sum(1) == 7).all()
     grids = masks.reshape(40, 2, 12)
     assert (grids[:, 0, 1:] & grids[:, 0, :-1]).sum() > 40  # blocks run along the long side

@@ -82,7 +82,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(images, tmp_path):
     poison(run, {1, 2, 3, 4})
     with pytest.raises(ConfigError, match="3 steps in a row.*Lower --optim.lr"):
         run.train()
-    assert run.step == 3
+    assert run.step == 4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -51,5 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except OpendinoError as error:
         print(f"opendino {args[0]}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:  # a run that was asked to stop says where it is
+        if str(stop):
+            print(stop, file=sys.stderr)
+        return 128 + getattr(stop, "number", 2)

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import tyro
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opendino.cli.launching import start_processes
 from opendino.errors import ConfigError
 from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
 
@@ -19,25 +22,33 @@ EXAMPLE = """Train a backbone on your images without labels.
 Example:
   opendino pretrain --recipe vitt14_demo --data photos/ --out runs/first --steps 500 --optim.lr 1e-3
 
+  opendino pretrain --recipe vitl14_short --data photos/ --out runs/large --nproc 8
+
 Any setting of the recipe can be given as a flag. --steps compresses the recipe's warm-ups in proportion.
 The run folder then holds config.yaml, metrics.jsonl, checkpoints/ and weights/teacher.safetensors, which
 opendino.load("runs/first") reads."""
 
 
-def read_arguments(argv: list[str]) -> PretrainConfig:
-    """Resolve a recipe and the flags that override it."""
+class PretrainArguments(PretrainConfig):
+    """Settings of the run, and how it is computed."""
+
+    nproc: int = Field(1, description="local processes to compute with; each gets its share of the cores or a GPU")
+
+
+def read_arguments(argv: list[str]) -> tuple[PretrainConfig, int]:
+    """Resolve a recipe and the flags that override it; give the settings and the number of processes."""
     base = load_recipe(_value_of("--recipe", argv) or "vits14")
     steps = _value_of("--steps", argv)
     if steps is not None and steps.isdigit() and int(steps) > 0:
         base = with_steps(base, int(steps))
-    config = tyro.cli(
-        PretrainConfig, args=argv, default=base, prog="opendino pretrain", description=EXAMPLE,
+    arguments = tyro.cli(
+        PretrainArguments, args=argv, default=PretrainArguments(**dict(base)), prog="opendino pretrain", description=EXAMPLE,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )  # fmt: skip
     for flag in ("data", "out"):
-        if not getattr(config, flag):
+        if not getattr(arguments, flag):
             raise ConfigError(f"--{flag} is missing. Example: opendino pretrain --data photos/ --out runs/first")
-    return config
+    return PretrainConfig(**{name: getattr(arguments, name) for name in PretrainConfig.model_fields}), arguments.nproc
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
@@ -51,21 +62,25 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Start a run, or continue the one that --out holds with the same settings."""
-    config = read_arguments(argv)
-    run(config)
-    return 0
+    config, nproc = read_arguments(argv)
+    code = start_processes("pretrain", argv, nproc)
+    if code is None:
+        run(config)
+    return code or 0
 
 
 def run(config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
-    """Train under a progress line and give the last record."""
+    """Train under a progress line, which the first of several processes shows, and give the last record."""
     from opendino.cli.probing import knn_probe
+    from opendino.distributed.process import leave, place_of
     from opendino.pretrain.trainer import Trainer
 
     probe = knn_probe(Path(config.probe)) if config.probe else None
-    console = Console(stderr=True, quiet=quiet)
+    main_process = place_of(os.environ).rank == 0
+    console = Console(stderr=True, quiet=quiet or not main_process)
     progress = Progress(
         TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn(),
-        console=console, refresh_per_second=2, disable=not sys.stderr.isatty(),
+        console=console, refresh_per_second=2, disable=not (sys.stderr.isatty() and main_process),
     )  # fmt: skip
     task = progress.add_task("", total=config.steps, line="")
 
@@ -79,6 +94,7 @@ def run(config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
         console.print(f"Continuing {config.out} at step {trainer.step}.")
     with progress:
         record = trainer.train()
+    leave()
     console.print(f"Done: {config.out}/weights/teacher.safetensors; opendino.load({config.out!r}) reads it.")
     return record
 

@@ -122,13 +122,20 @@ class PretrainConfig(Settings):
     seed: int = Field(0, ge=0)
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    sharding: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="over several processes: a copy in each, or shards; auto shards from ViT-L on"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute the student's blocks; less memory, slower")
     num_workers: int = Field(2, ge=0)
     cache_images: bool = Field(False, description="keep decoded images in memory; for small sets")
     log_every: int = Field(10, ge=1, description="steps between health figures")
     checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+    milestone_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step stay for ever")
+    async_checkpoints: bool = Field(True, description="write checkpoints in the background")
     probe_every: int = Field(500, ge=1)
-    max_bad_steps: int = Field(20, ge=1, description="non-finite steps in a row after which the run stops")
+    max_bad_steps: int = Field(20, ge=1, description="non-finite steps in a row after which the run goes back")
+    max_rollbacks: int = Field(2, ge=0, description="how often a run goes back to its last good checkpoint")
     max_errors: int | None = Field(None, description="unreadable images after which the run stops; None: never")
     model: BackboneSettings = BackboneSettings()
     crops: CropsConfig = CropsConfig()
@@ -142,6 +149,16 @@ class PretrainConfig(Settings):
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         return self
+
+
+MAY_CHANGE = frozenset(
+    [
+        "data", "out", "probe", "device", "sharding", "activation_checkpointing", "num_workers", "cache_images",
+        "log_every", "checkpoint_every", "keep_checkpoints", "milestone_every", "async_checkpoints", "probe_every",
+        "max_bad_steps", "max_rollbacks", "max_errors",
+    ]
+)  # fmt: skip
+"""Settings that a run may be continued with other values of; the others define what is computed."""
 
 
 def list_recipes() -> list[str]:

@@ -12,6 +12,8 @@ import torch
 MIN_PATCHES = 4
 MIN_ASPECT = 0.3
 ATTEMPTS = 10
+MASK_STREAM = 3
+"""Its own among the uses of a seed (see `opendino.pretrain.crops`)."""
 
 
 def block_mask(height: int, width: int, num_masked: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
@@ -53,24 +55,44 @@ def _add_block(mask: npt.NDArray[np.bool_], missing: int, rng: np.random.Generat
 
 
 def batch_masks(
-    num_crops: int,
+    batch_size: int,
     grid: tuple[int, int],
-    rng: np.random.Generator,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    images: slice = slice(None),
     ratio: tuple[float, float] = (0.1, 0.5),
     share: float = 0.5,
 ) -> torch.Tensor:
-    """Draw the masks of a batch of global crops.
+    """Draw the masks of the two global crops of each image of a step.
 
     `share` of the crops are masked; their masked shares are drawn one from each of as many equal sub-intervals of
-    `ratio`, and the masks are shuffled over the crops.
+    `ratio`, shuffled over the crops of the whole batch. The blocks of a crop are a function of (seed, step, crop) alone,
+    so that a process draws only those of its own images and all processes together draw the masks of one.
+
+    Args:
+        batch_size: B, of all processes together.
+        grid: patches of a global crop, (h, w).
+        seed: of the run.
+        step: number of the step.
+        images: which of the B images masks are wanted for.
+        ratio: smallest and largest masked share of the patches of a masked crop.
+        share: of the crops that are masked.
 
     Returns:
-        bool (num_crops, P).
+        bool (2·b, P) for the b images wanted: first global crops, then second ones.
     """
-    patches = grid[0] * grid[1]
+    num_crops, patches = 2 * batch_size, grid[0] * grid[1]
     masked_crops = int(num_crops * share)
+    rng = mask_rng(seed, step, num_crops)
     edges = np.linspace(*ratio, masked_crops + 1)
-    masks = np.zeros((num_crops, patches), dtype=bool)
-    for i in range(masked_crops):
-        masks[i] = block_mask(*grid, int(patches * rng.uniform(edges[i], edges[i + 1])), rng).ravel()
-    return torch.from_numpy(masks[rng.permutation(num_crops)])
+    counts = np.zeros(num_crops, dtype=int)
+    counts[rng.permutation(num_crops)[:masked_crops]] = patches * rng.uniform(edges[:-1], edges[1:])
+    wanted = np.arange(num_crops).reshape(2, batch_size)[:, images].ravel()
+    masks = [block_mask(*grid, int(counts[i]), mask_rng(seed, step, int(i))).ravel() for i in wanted]
+    return torch.from_numpy(np.stack(masks))
+
+
+def mask_rng(seed: int, step: int, index: int) -> np.random.Generator:
+    """Give the generator of one crop's mask, or with index 2·B that of the whole batch."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, MASK_STREAM, step, index]))

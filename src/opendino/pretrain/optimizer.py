@@ -66,6 +66,30 @@ def apply_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: fl
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Give AdamW's state by parameter names, for a checkpoint that any number of processes can read.
+
+    A parameter without a state yet gets the one that its first step would give it, so that there is always something to
+    load into. Sharded parameters have sharded moments.
+
+    Args:
+        optimizer: AdamW of `build_adamw`.
+        names: of every parameter.
+
+    Returns:
+        "<name>.exp_avg", "<name>.exp_avg_sq" and "<name>.step", the tensors themselves.
+    """
+    tensors = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            tensors.update({f"{names[p]}.{key}": value for key, value in state.items()})
+    return tensors
+
+
 def clip_each(networks: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of each network to `max_norm` and give the norms before clipping."""
     return {name: nn.utils.clip_grad_norm_(module.parameters(), max_norm) for name, module in networks.items()}

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop of one process: schedules, batch, teacher, student, clip, step, moving average, log, save.
+"""The training loop of one or many processes: schedules, batch, teacher, student, clip, step, moving average, log, save.
 
 Randomness is a function of (seed, step, sample): crops, masks and stochastic depth are drawn from generators keyed by
-these, so a resumed run continues bit for bit.
+these, so a resumed run continues bit for bit, and any number of processes draws the same.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -17,30 +16,42 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
+from opendino.distributed.collectives import all_sum, barrier, is_main, rank, world_size
+from opendino.distributed.process import join, local_device
+from opendino.distributed.sharding import local, reduce_gradients, whole
 from opendino.errors import ConfigError, DataError
 from opendino.images.sources import open_source
 from opendino.models.config import PreprocessSpec
 from opendino.models.vit import VisionTransformer
-from opendino.models.weights import save_backbone
-from opendino.pretrain.checkpoint import load_checkpoint, save_checkpoint
+from opendino.pretrain.checkpoint import Checkpointer
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch, make_loader
+from opendino.pretrain.device import LossScale, choose_precision
 from opendino.pretrain.health import health
+from opendino.pretrain.interrupts import StopRequest, TrainingStopped
 from opendino.pretrain.masking import batch_masks
 from opendino.pretrain.memory import keep_freed_memory
-from opendino.pretrain.optimizer import apply_schedule, build_adamw, clip_each, ema_update, parameter_groups
+from opendino.pretrain.optimizer import (
+    apply_schedule,
+    build_adamw,
+    clip_each,
+    ema_update,
+    optimizer_tensors,
+    parameter_groups,
+)
 from opendino.pretrain.photometric import apply_photometric
+from opendino.pretrain.run_folder import Record, RunFolder
 from opendino.pretrain.schedules import cosine_schedule, linear_warmup, scaled_lr
+from opendino.pretrain.spread import spread, whole_teacher
 from opendino.pretrain.student_teacher import Crops, StudentTeacher, Targets
 
 log = logging.getLogger("opendino")
-Record = dict[str, Any]
 Probe = Callable[[VisionTransformer], dict[str, float]]
-MASK_STREAM, DEPTH_STREAM, INIT_STREAM = 1, 2, 3
+DEPTH_STREAM, INIT_STREAM = 2, 3
+ROLLBACK_LR = 0.5
+"""A rollback halves the learning rate of what follows: the same steps again would end the same way."""
 
 
 class Trainer:
@@ -48,144 +59,211 @@ class Trainer:
 
     Args:
         config: the resolved settings; `config.data` and `config.out` must be set.
-        probe: called with the teacher every `config.probe_every` steps; its figures go into the metrics.
+        probe: called with the teacher every `config.probe_every` steps, in process 0; its figures go into the metrics.
         on_step: called with the record of every step.
 
     Raises:
         DataError: when the data holds no image or less than one batch.
-        ConfigError: when the run folder belongs to a run with other settings.
+        ConfigError: when the run folder belongs to a run with other settings, or the batch cannot be shared out.
     """
 
     def __init__(
         self, config: PretrainConfig, *, probe: Probe | None = None, on_step: Callable[[Record], None] | None = None
     ) -> None:
         self.config, self.probe, self.on_step = config, probe, on_step or (lambda record: None)
-        self.run = Path(config.out)
-        self.device = choose_device(config.device)
+        self.device = local_device(config.device)
+        join(self.device)
         self.amp_dtype = choose_precision(config.precision, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.source = open_source(config.data)
-        if len(self.source) < config.batch_size:
-            raise DataError(
-                f"{config.data} has {len(self.source)} images and a batch is {config.batch_size}. Add images, or lower "
-                "--batch-size."
-            )
-        if config.loss.koleo_weight and config.batch_size // config.accumulate < 2:
-            log.warning(
-                "KoLeo is left out: it needs two images in a micro-batch, and there is one. Raise --batch-size."
-            )
+        check_batch(config, len(self.source))
+        self.num_images = config.batch_size // world_size()
         torch.manual_seed(stream_seed(config.seed, INIT_STREAM, 0))
-        self.model = StudentTeacher(config).to(self.device)
+        self.model = StudentTeacher(config)
+        self.compute_loss = spread(self.model, config, self.device, self.amp_dtype)
         self.networks = dict(self.model.student.items())
         optim = config.optim
         groups = parameter_groups(
             self.networks, layerwise_decay=optim.layerwise_decay, patch_embed_lr_mult=optim.patch_embed_lr_mult
         )
         self.optimizer = build_adamw(groups, betas=optim.betas)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
-        self.step = self.bad_steps = self.bad_in_a_row = self.image_errors = 0
-        self._open_run()
+        self.loss_scale = LossScale(self.amp_dtype is torch.float16)
+        self.step = self.bad_steps = self.bad_in_a_row = self.image_errors = self.rollbacks = 0
+        self.lr_factor = 1.0
+        if is_main():
+            self.folder = RunFolder(config)
+        barrier()
+        self.run = Path(config.out)
+        self.checkpointer = Checkpointer(
+            self.run,
+            keep=config.keep_checkpoints,
+            milestone_every=config.milestone_every,
+            background=config.async_checkpoints,
+        )
+        self._restore()
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def train(self) -> Record:
-        """Run to the last step and give its record. Ctrl-C saves a checkpoint before it leaves."""
+        """Run to the last step and give its record.
+
+        Raises:
+            TrainingStopped: after SIGINT, SIGTERM or SIGUSR1, when the checkpoint is safe.
+        """
         record: Record = {}
         if self.step == 0:
-            self._probe(record | {"step": 0})
-        batches = self._batches()
-        try:
+            self._probe_start()
+        with StopRequest() as stop:
+            batches = self._batches()
             while self.step < self.config.steps:
                 started = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - started
-                record = self._train_step(batch)
+                record = self._train_step(batch, stop)
                 seconds = time.perf_counter() - started
                 record |= {"images_per_s": self.config.batch_size / seconds, "data_wait": waited / seconds}
                 self.step += 1
+                if self._rolled_back():
+                    batches = self._batches()
+                    continue
                 self._finish_step(record)
-        except KeyboardInterrupt:
-            self.save()
-            log.warning("Stopped at step %d; continue with: opendino resume %s", self.step, self.run)
-            raise
+                if record.pop("stop"):
+                    self._stop(stop.number)
+        self.checkpointer.finish(required=True)
         return record
 
-    def _train_step(self, batch: Batch) -> Record:
+    def _train_step(self, batch: Batch, stop: StopRequest) -> Record:
         values = self.schedules(self.step)
         apply_schedule(self.optimizer, values["lr"], values["weight_decay"], values["last_layer_lr"])
         centers = {k: v.clone() for k, v in self.model.centers.state_dict().items()}
         micro_batches = self._crops(batch).split(self.config.accumulate)
         with self._autocast():
             targets = self.model.targets(micro_batches, values["teacher_temp"])
-        parts = self._backward(micro_batches, targets)
-        self.scaler.unscale_(self.optimizer)
-        norms = clip_each(self.networks, self.config.optim.clip_grad or math.inf)
-        record = {"step": self.step + 1, **parts, **values, **{f"grad_norm_{k}": float(v) for k, v in norms.items()}}
-        finite = all(math.isfinite(v) for v in (parts["loss"], *(float(n) for n in norms.values())))
+        parts = self._agree(self._backward(micro_batches, targets), len(batch.errors), stop)
+        self.loss_scale.unscale(self.model.student.parameters())
+        clipped = clip_each(self.networks, self.config.optim.clip_grad or math.inf)
+        norms = {f"grad_norm_{k}": float(whole(v)) for k, v in clipped.items()}
+        finite = all(math.isfinite(v) for v in (parts["loss"], *norms.values()))
         if finite:
-            self.scaler.step(self.optimizer)
-            ema_update(self.model.teacher.parameters(), self.model.student.parameters(), values["momentum"])
+            self.optimizer.step()
+            ema_update(
+                [local(p) for p in self.model.teacher.parameters()],
+                [local(p) for p in self.model.student.parameters()],
+                values["momentum"],
+            )
         else:
             self.model.centers.load_state_dict(centers)
-        self.scaler.update()
-        self._count_bad(finite)
+        self._count_bad(finite, math.isfinite(parts["loss"]))
+        record = {"step": self.step + 1, **parts, **values, **norms}
         if self.step % self.config.log_every == 0:
             record |= health(torch.cat([t.cls for t in targets]), torch.cat([t.features for t in targets]))
-        return record | {"bad_steps": self.bad_steps, "image_errors": self.image_errors}
+        counts = {"bad_steps": self.bad_steps, "image_errors": self.image_errors, "rollbacks": self.rollbacks}
+        return record | counts
 
-    def _backward(self, micro_batches: list[Crops], targets: list[Targets]) -> dict[str, float]:
+    def _backward(self, micro_batches: list[Crops], targets: list[Targets]) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for i, (crops, target) in enumerate(zip(micro_batches, targets, strict=True)):
             key = stream_seed(self.config.seed, DEPTH_STREAM, self.step * self.config.accumulate + i)
-            with self._autocast():
-                loss, parts = self.model.loss(crops, target, torch.Generator().manual_seed(key))
-            scaled: Tensor = self.scaler.scale(loss / len(micro_batches))
-            scaled.backward()
+            last = i == len(micro_batches) - 1
+            with reduce_gradients([self.compute_loss, *self.networks.values()], now=last):
+                with self._autocast():
+                    loss, parts = self.compute_loss(crops, target, torch.Generator().manual_seed(key))
+                (loss * (self.loss_scale.value / len(micro_batches))).backward()
             for name, value in (parts | {"loss": loss.detach()}).items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value / len(micro_batches)
-        return {name: float(value) for name, value in totals.items()}
+        return totals
 
-    def _count_bad(self, finite: bool) -> None:
-        if finite:
-            self.bad_in_a_row = 0
-            return
-        self.bad_steps += 1
-        self.bad_in_a_row += 1
-        if self.bad_in_a_row >= self.config.max_bad_steps:
-            raise ConfigError(
-                f"{self.bad_in_a_row} steps in a row gave a loss or gradient that is not finite (up to step "
-                f"{self.step + 1}). The last checkpoint is untouched. Lower --optim.lr, or try --precision fp32."
-            )
+    def _agree(self, parts: dict[str, Tensor], errors: int, stop: StopRequest) -> Record:
+        """Average the loss parts over the processes; add up unreadable images and requests to stop."""
+        means = torch.stack([parts[k].float() for k in sorted(parts)]) / world_size()
+        counts = means.new_tensor([float(errors), float(stop.number > 0)])
+        *values, errors_everywhere, stopping = all_sum(torch.cat([means, counts])).tolist()
+        self.image_errors += int(errors_everywhere)
+        limit = self.config.max_errors
+        if limit is not None and self.image_errors > limit:
+            raise DataError(f"{self.image_errors} images could not be read, more than --max-errors {limit}.")
+        return {**dict(zip(sorted(parts), values, strict=True)), "stop": stopping > 0}
 
     def _finish_step(self, record: Record) -> None:
         last = self.step == self.config.steps
+        self.checkpointer.poll()
         if last or self.step % self.config.probe_every == 0:
             self._probe(record)
-        with (self.run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if last or self.step % self.config.checkpoint_every == 0:
+        if is_main():
+            self.folder.append({k: v for k, v in record.items() if k != "stop"})
+        if last or (self.step % self.config.checkpoint_every == 0 and not self.bad_in_a_row):
             self.save()
         self.on_step(record)
+
+    def _stop(self, number: int) -> None:
+        self.save()
+        self.checkpointer.finish(required=True)
+        raise TrainingStopped(number, self.step, self.run)
+
+    # --- when a step goes wrong ------------------------------------------------------------------------------------
+
+    def _count_bad(self, finite: bool, loss_finite: bool) -> None:
+        """Count a skipped step; an fp16 overflow of the gradients alone only lowers the loss scale."""
+        only_overflow = not finite and loss_finite and self.loss_scale.value > 1
+        self.loss_scale.update(finite)
+        if finite:
+            self.bad_in_a_row = 0
+        elif not only_overflow:
+            self.bad_steps += 1
+            self.bad_in_a_row += 1
+
+    def _rolled_back(self) -> bool:
+        """After too many bad steps in a row, go back to the last good checkpoint with a lower learning rate.
+
+        Raises:
+            ConfigError: when there is none, or after `max_rollbacks` of them.
+        """
+        if self.bad_in_a_row < self.config.max_bad_steps:
+            return False
+        since, at = self.step - self.bad_in_a_row, self.step
+        what = f"{self.bad_in_a_row} steps in a row gave a loss or gradient that is not finite (up to step {at})."
+        bad_steps, rollbacks, lr_factor = self.bad_steps, self.rollbacks + 1, self.lr_factor * ROLLBACK_LR
+        self.checkpointer.finish()
+        if rollbacks > self.config.max_rollbacks or not self._load(before=since + 1):
+            raise ConfigError(
+                f"{what} The last checkpoint is untouched"
+                + (f", and going back {rollbacks - 1} times did not help" if rollbacks > 1 else "")
+                + ". Lower --optim.lr, or try --precision fp32."
+            )
+        self.bad_steps, self.rollbacks, self.lr_factor, self.bad_in_a_row = bad_steps, rollbacks, lr_factor, 0
+        reason = f"{what} Went back to step {self.step} with the learning rate × {lr_factor:g}."
+        log.warning(reason)
+        if is_main():
+            self.folder.trim_metrics(self.step)
+            self.folder.append({"event": "rollback", "from": at, "step": self.step, "reason": reason}, event=True)
+        return True
+
+    # --- probe -----------------------------------------------------------------------------------------------------
+
+    def _probe_start(self) -> None:
+        record: Record = {"step": 0}
+        self._probe(record)
+        if "probe" in record:
+            self.folder.append(record)
 
     def _probe(self, record: Record) -> None:
         if self.probe is None:
             return
-        teacher = self.teacher
-        teacher.eval()
-        record["probe"] = self.probe(teacher)
-        teacher.train()
-        if record.get("step") == 0:
-            with (self.run / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        teacher = whole_teacher(self.model)
+        if is_main():
+            training = teacher.training
+            record["probe"] = self.probe(teacher.eval())
+            teacher.train(training)
+        barrier()
 
     # --- parts of a step -------------------------------------------------------------------------------------------
 
     def schedules(self, step: int) -> dict[str, float]:
         """Give learning rates, weight decay, momentum and teacher temperature of a step (method.md §2)."""
         c, o, s = self.config, self.config.optim, self.config.loss
-        lr = cosine_schedule(
+        lr = self.lr_factor * cosine_schedule(
             step,
             start=scaled_lr(o.lr, c.batch_size, o.lr_rule),
             end=o.min_lr,
@@ -213,16 +291,13 @@ class Trainer:
                 num_workers=c.num_workers,
                 cache=c.cache_images,
                 channels=c.model.in_chans,
+                shard=(rank(), world_size()),
             )
         )
 
     def _crops(self, batch: Batch) -> Crops:
         for path, reason in batch.errors:
-            self.image_errors += 1
             log.warning("%s cannot be read (%s); another image takes its place.", path, reason)
-        limit = self.config.max_errors
-        if limit is not None and self.image_errors > limit:
-            raise DataError(f"{self.image_errors} images could not be read, more than --max-errors {limit}.")
         crops = self.config.crops
         global_crops = apply_photometric(
             batch.global_crops.to(self.device, non_blocking=True), batch.global_params, crops
@@ -233,103 +308,92 @@ class Trainer:
                 batch.local_crops.to(self.device, non_blocking=True), batch.local_params, crops
             )
         side = crops.global_size // self.teacher.patch_size
-        rng = np.random.default_rng(stream_seed(self.config.seed, MASK_STREAM, self.step))
         m = self.config.masks
-        masks = batch_masks(len(global_crops), (side, side), rng, ratio=m.ratio, share=m.share)
+        first = rank() * self.num_images
+        masks = batch_masks(
+            self.config.batch_size,
+            (side, side),
+            seed=self.config.seed,
+            step=self.step,
+            images=slice(first, first + self.num_images),
+            ratio=m.ratio,
+            share=m.share,
+        )
         return Crops(global_crops, local_crops, masks.to(self.device))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None)
 
-    # --- the run folder --------------------------------------------------------------------------------------------
+    # --- checkpoints -----------------------------------------------------------------------------------------------
 
     @property
     def teacher(self) -> VisionTransformer:
-        """The teacher's backbone, which is the result of the run."""
+        """The teacher's backbone, which is the result of the run; sharded when the run is."""
         backbone = self.model.teacher["backbone"]
         assert isinstance(backbone, VisionTransformer)
         return backbone
 
     def save(self) -> None:
-        """Write a checkpoint, weights/teacher.safetensors and heads.safetensors."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "counters": [self.step, self.bad_steps, self.bad_in_a_row, self.image_errors],
+        """Begin a checkpoint, and write weights/teacher.safetensors and heads.safetensors."""
+        extras = {
+            "counters": [self.bad_steps, self.image_errors, self.rollbacks],
+            "lr_factor": self.lr_factor,
+            "loss_scale": self.loss_scale.state(),
         }
-        save_checkpoint(self.run, self.step, state, self.config.keep_checkpoints)
-        (self.run / "weights").mkdir(exist_ok=True)
-        self.teacher.preprocess = preprocessing_of(self.config)
-        save_backbone(self.teacher, self.run / "weights" / "teacher.safetensors")
-        heads = {k: v.contiguous() for k, v in self.model.teacher.state_dict().items() if "head" in k.split(".")[0]}
-        aside = self.run / ".heads.safetensors"
-        save_file(heads, aside)
-        aside.rename(self.run / "heads.safetensors")
+        self.checkpointer.save(self.step, self._tensors(), extras)
+        teacher = whole_teacher(self.model)
+        heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if "head" in k.split(".")[0]}
+        if is_main():
+            teacher.preprocess = preprocessing_of(self.config)
+            self.folder.write_weights(teacher, heads)
 
-    def _open_run(self) -> None:
-        resolved = yaml.safe_dump(json.loads(self.config.model_dump_json()), sort_keys=False)
-        path = self.run / "config.yaml"
-        if path.exists() and path.read_text() != resolved:
-            raise ConfigError(
-                f"{self.run} holds a run with other settings. Continue it with `opendino resume {self.run}`, or give "
-                "another --out."
-            )
-        self.run.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            aside = self.run / ".config.yaml"
-            aside.write_text(resolved)
-            aside.rename(path)
-        state = load_checkpoint(self.run)
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.bad_steps, self.bad_in_a_row, self.image_errors = state["counters"]
-        self._trim_metrics()
+    def _tensors(self) -> dict[str, Tensor]:
+        names = {p: n for n, p in self.model.student.named_parameters()}
+        model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        return model | {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer, names).items()}
 
-    def _trim_metrics(self) -> None:
-        """Drop the lines of steps that a kill undid, so that each step stands once."""
-        path = self.run / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # the line that was being written
-                continue
-            if 0 < record["step"] <= self.step or (record["step"] == 0 < self.step):
-                kept.append(line + "\n")
-        aside = self.run / ".metrics.jsonl"
-        aside.write_text("".join(kept))
-        aside.rename(path)
+    def _load(self, before: int | None = None) -> bool:
+        extras = self.checkpointer.load(self._tensors(), before)
+        if extras is None:
+            return False
+        self.step = extras["step"]
+        self.bad_steps, self.image_errors, self.rollbacks = extras["counters"]
+        self.lr_factor = extras["lr_factor"]
+        self.loss_scale.restore(extras["loss_scale"])
+        return True
+
+    def _restore(self) -> None:
+        self._load()
+        if is_main():
+            self.folder.trim_metrics(self.step)
+
+
+def check_batch(config: PretrainConfig, num_images: int) -> None:
+    """Refuse a batch that the data or the processes cannot make.
+
+    Raises:
+        DataError: when there are fewer images than a batch.
+        ConfigError: when the processes and micro-batches cannot share the batch evenly.
+    """
+    if num_images < config.batch_size:
+        raise DataError(
+            f"{config.data} has {num_images} images and a batch is {config.batch_size}. Add images, or lower "
+            "--batch-size."
+        )
+    parts = world_size() * config.accumulate
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} cannot be shared by {world_size()} processes with --accumulate "
+            f"{config.accumulate}: it must be a multiple of {parts}."
+        )
+    if config.loss.koleo_weight and config.batch_size // config.accumulate < 2:
+        log.warning("KoLeo is left out: it needs two images in a micro-batch, and there is one. Raise --batch-size.")
 
 
 def stream_seed(seed: int, stream: int, index: int) -> int:
     """Derive an independent 63-bit seed for one use (`stream`) of one step or sample."""
     state = np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
-
-
-def choose_device(name: str) -> torch.device:
-    """Resolve "auto" to CUDA, MPS or CPU, in this order."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """Resolve the autocast dtype; None computes in fp32.
-
-    "auto" is bf16 on CUDA, and on a CPU with matrix units for it (AMX); fp32 elsewhere, where bf16 would be slower.
-    """
-    if name == "auto":
-        fast_cpu = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if device.type == "cuda" or fast_cpu else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def preprocessing_of(config: PretrainConfig) -> PreprocessSpec:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: config.yaml, metrics.jsonl, events.jsonl, weights/teacher.safetensors, heads.safetensors.
+
+Process 0 writes; every file appears whole, written aside and renamed, or grows by whole lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opendino.errors import ConfigError
+from opendino.models.vit import VisionTransformer
+from opendino.models.weights import save_backbone
+from opendino.pretrain.config import MAY_CHANGE, PretrainConfig, parse_config
+
+Record = dict[str, Any]
+
+
+class RunFolder:
+    """Files of one run.
+
+    Args:
+        config: of the run; `config.out` is its folder.
+
+    Raises:
+        ConfigError: when the folder holds a run with other settings, apart from those that may change on the way.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.path = Path(config.out)
+        self.metrics, self.events = self.path / "metrics.jsonl", self.path / "events.jsonl"
+        self._claim(config)
+
+    def _claim(self, config: PretrainConfig) -> None:
+        path = self.path / "config.yaml"
+        if path.exists():
+            different = changed_settings(parse_config(path.read_text(), str(path)), config)
+            if different:
+                raise ConfigError(
+                    f"{self.path} holds a run with other settings ({', '.join(different)}). Continue it with "
+                    f"`opendino resume {self.path}`, or give another --out."
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(path, yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False))
+
+    def append(self, record: Record, event: bool = False) -> None:
+        """Add a line to metrics.jsonl, or to events.jsonl."""
+        with (self.events if event else self.metrics).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def trim_metrics(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which a kill or a rollback undid, so that each step stands once."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line that was being written
+                continue
+            if 0 < record["step"] <= step or (record["step"] == 0 < step):
+                kept.append(line + "\n")
+        replace_text(self.metrics, "".join(kept))
+
+    def write_weights(self, teacher: VisionTransformer, heads: Mapping[str, Tensor]) -> None:
+        """Write the teacher as one plain file with published names, and its heads."""
+        (self.path / "weights").mkdir(exist_ok=True)
+        save_backbone(teacher, self.path / "weights" / "teacher.safetensors")
+        aside = self.path / ".heads.safetensors"
+        save_file({k: v.cpu().contiguous() for k, v in heads.items()}, aside)
+        aside.rename(self.path / "heads.safetensors")
+
+
+def changed_settings(a: PretrainConfig, b: PretrainConfig) -> list[str]:
+    """Name the settings in which two runs differ, apart from those that may change on the way."""
+    x, y = a.model_dump(), b.model_dump()
+    return [key for key in x if key not in MAY_CHANGE and x[key] != y[key]]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file aside, to the disk, and rename it."""
+    aside = path.with_name(f".{path.name}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)

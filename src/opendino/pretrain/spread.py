@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How student and teacher are spread over the processes of a run, and how the whole teacher comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opendino.distributed.collectives import world_size
+from opendino.distributed.sharding import checkpoint_activations, replicate, shard_fully, whole
+from opendino.models.vit import VisionTransformer
+from opendino.pretrain.config import PretrainConfig
+from opendino.pretrain.student_teacher import StudentTeacher
+
+FSDP_FROM = 100_000_000
+"""Trained parameters from which `--sharding auto` shards instead of keeping a copy in each process: ViT-L and larger."""
+ENTRY_POINTS = ("forward_features", "forward_packed")
+"""Methods of the backbone that training calls."""
+
+
+class LossModule(nn.Module):
+    """The loss as a forward pass, which is what DDP hooks into."""
+
+    def __init__(self, model: StudentTeacher) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model.loss(*args)
+
+
+def spread(
+    model: StudentTeacher, config: PretrainConfig, device: torch.device, compute_dtype: torch.dtype | None
+) -> nn.Module:
+    """Put the model on its device and spread it over the processes; give the module that computes the loss.
+
+    One process: as it is. Several: FSDP2 shards student and teacher by blocks, or DDP keeps copies and averages the
+    student's gradients (`config.sharding`).
+    """
+    student = model.student["backbone"]
+    if config.activation_checkpointing:
+        checkpoint_activations(student.blocks)  # type: ignore[arg-type]
+    if not uses_fsdp(model, config):
+        return replicate(LossModule(model.to(device)), device)
+    for network in (model.student, model.teacher):
+        for name, module in network.items():
+            is_backbone = name == "backbone"
+            shard_fully(
+                module,
+                module.blocks if is_backbone else (),  # type: ignore[arg-type]
+                device=device,
+                compute_dtype=compute_dtype,
+                entry_points=ENTRY_POINTS if is_backbone else (),
+            )
+    return LossModule(model.to(device))
+
+
+def uses_fsdp(model: StudentTeacher, config: PretrainConfig) -> bool:
+    """Say whether the model is to be sharded."""
+    if world_size() == 1 or config.sharding == "ddp":
+        return False
+    return config.sharding == "fsdp" or sum(p.numel() for p in model.student.parameters()) >= FSDP_FROM
+
+
+def whole_teacher(model: StudentTeacher) -> VisionTransformer:
+    """Give the teacher's backbone with all of its weights; every process must call it.
+
+    A sharded one is gathered into a fresh backbone on the CPU.
+    """
+    backbone = model.teacher["backbone"]
+    assert isinstance(backbone, VisionTransformer)
+    state = backbone.state_dict()
+    gathered = {k: whole(v) for k, v in state.items()}
+    if all(gathered[k].data_ptr() == state[k].data_ptr() for k in state):
+        return backbone
+    with torch.device("meta"):
+        fresh = VisionTransformer(backbone.config, backbone.preprocess)
+    fresh.load_state_dict({k: v.cpu() for k, v in gathered.items()}, assign=True)
+    return fresh
