@@ -13,7 +13,9 @@ from opendino.pretrain.checkpoint import Checkpointer, list_checkpoints
 def save(run, steps, **options):
     checkpointer = Checkpointer(run, **options)
     for step in steps:
-        checkpointer.save(step, {"x": torch.arange(4096) + step, "y": torch.tensor(float(step))}, {"note": f"at {step}"})
+        checkpointer.save(
+            step, {"x": torch.arange(4096) + step, "y": torch.tensor(float(step))}, {"note": f"at {step}"}
+        )
     checkpointer.finish(required=True)
     return checkpointer
 

@@ -13,10 +13,9 @@ from opendino.errors import ConfigError
 
 
 def start_processes(command: str, argv: Sequence[str], nproc: int) -> int | None:
-    """Run `opendino COMMAND ARGV` in `nproc` local processes and give the exit code; None when this process is to run it.
+    """Run `opendino COMMAND ARGV` in `nproc` local processes and give the exit code; None when it is to run right here.
 
-    Under torchrun, SLURM or a launch of our own the processes are there already and --nproc is what they are told by the
-    environment.
+    Under torchrun, SLURM or a launch of our own the processes are there already, and the environment says how many.
 
     Raises:
         ConfigError: for a number of processes below one.

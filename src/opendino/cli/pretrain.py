@@ -42,8 +42,8 @@ def read_arguments(argv: list[str]) -> tuple[PretrainConfig, int]:
     if steps is not None and steps.isdigit() and int(steps) > 0:
         base = with_steps(base, int(steps))
     arguments = tyro.cli(
-        PretrainArguments, args=argv, default=PretrainArguments(**dict(base)), prog="opendino pretrain", description=EXAMPLE,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        PretrainArguments, args=argv, default=PretrainArguments(**dict(base)),
+        prog="opendino pretrain", description=EXAMPLE, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )  # fmt: skip
     for flag in ("data", "out"):
         if not getattr(arguments, flag):

@@ -32,7 +32,9 @@ class Args:
 
 def main(argv: list[str]) -> int:
     """Continue at the newest whole checkpoint; the result equals that of an uninterrupted run."""
-    description = "Continue an interrupted run.\n\nExample:\n  opendino resume runs/first\n  opendino resume runs/first --nproc 4"
+    description = (
+        "Continue an interrupted run.\n\nExample:\n  opendino resume runs/first\n  opendino resume runs/first --nproc 4"
+    )
     args = tyro.cli(Args, args=argv, prog="opendino resume", description=description)
     path = args.run / "config.yaml"
     if not path.is_file():

@@ -56,7 +56,7 @@ def all_sum_with_grad(x: Tensor) -> Tensor:
     """Sum a tensor over the processes; its gradient is the sum of the gradients of all processes."""
     if world_size() == 1:
         return x
-    total: Tensor = _AllSum.apply(x)  # type: ignore[no-untyped-call]
+    total: Tensor = _AllSum.apply(x)
     return total
 
 
@@ -67,7 +67,7 @@ def gather_rows(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    rows: Tensor = _GatherRows.apply(x)  # type: ignore[no-untyped-call]
+    rows: Tensor = _GatherRows.apply(x)
     return rows
 
 

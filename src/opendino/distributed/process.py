@@ -100,9 +100,9 @@ def local_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{place_of(os.environ).local_rank}"
     device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", place_of(os.environ).local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,8 @@ def shard_fully(
     wrap(module)
     for name in entry_points:
         register_fsdp_forward_method(module, name)
+    # The tokens of each crop are views of packed ones; nothing here changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
@@ -55,8 +57,10 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     if not (dist.is_available() and dist.is_initialized()):
         return module
     ids = [device.index] if device.type == "cuda" else None
-    # Buffers are equal everywhere already: they are updated from sums over all processes.
-    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the argument has another name in newer versions of torch
+        # Buffers are equal everywhere already: they are updated from sums over all processes.
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
 @contextlib.contextmanager
@@ -72,9 +76,9 @@ def reduce_gradients(modules: Iterable[nn.Module], now: bool) -> Iterator[None]:
 
 
 def checkpoint_activations(modules: Iterable[nn.Module]) -> None:
-    """Have each module recompute its activations in the backward pass instead of keeping them; names stay as they are."""
+    """Have each module recompute its activations in the backward pass instead of keeping them; no name changes."""
     for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def local(x: Tensor) -> Tensor:
@@ -94,6 +98,5 @@ def staged(x: Tensor) -> Tensor:
         return x.detach().to("cpu", copy=True)
     part = x.to_local().detach().to("cpu", copy=True)
     mesh = x.device_mesh if x.device_mesh.device_type == "cpu" else init_device_mesh("cpu", (dist.get_world_size(),))
-    copied: Any = DTensor.from_local(part, mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
-    assert isinstance(copied, Tensor)
+    copied: Tensor = DTensor.from_local(part, mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
     return copied

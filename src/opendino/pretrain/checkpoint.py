@@ -3,8 +3,10 @@
 processes.
 
 A checkpoint is a folder RUN/checkpoints/step_<step> in the format of torch.distributed.checkpoint (DCP), which puts
-tensors together for whatever sharding asks for them, and `trainer.json`: the step, counters, and the size of every file,
-by which a damaged one is recognised. On several machines the run folder must lie on a file system that all of them see.
+tensors together for whatever sharding asks for them, and `trainer.json`: the step, counters, and the size of every
+file, by which a damaged one is recognised.
+
+On several machines the run folder must lie on a file system that all of them see.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from opendino.distributed.collectives import all_true, barrier, broadcast_object, is_main, world_size
 from opendino.distributed.sharding import staged
@@ -74,7 +77,7 @@ class Checkpointer:
         aside.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP remarks that there is one process
-            dcp.save(tensors, checkpoint_id=aside, process_group=self.group)
+            save(tensors, checkpoint_id=aside, process_group=self.group)
 
     def poll(self) -> None:
         """Put a checkpoint that has been written since into its place."""
@@ -96,15 +99,17 @@ class Checkpointer:
         problem = writing.wait()
         if all_true(problem is None):
             problem = self._put_in_place(writing) if is_main() else None
-        problem = broadcast_object(problem or ("another process could not write" if not all_true(not problem) else None))
+        problem = broadcast_object(
+            problem or ("another process could not write" if not all_true(not problem) else None)
+        )
         if problem is None:
             return
         if is_main():
             shutil.rmtree(writing.aside, ignore_errors=True)
         free = shutil.disk_usage(self.folder).free / 2**20
         text = (
-            f"The checkpoint of step {writing.step} could not be written to {self.folder} ({problem}; {free:.0f} MiB are "
-            f"free). Make room there; the last whole checkpoint is {self._name_of_newest()}."
+            f"The checkpoint of step {writing.step} could not be written to {self.folder} ({problem}; {free:.0f} MiB "
+            f"are free). Make room there; the last whole checkpoint is {self._name_of_newest()}."
         )
         if required:
             raise DataError(text)
@@ -169,7 +174,7 @@ class Checkpointer:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load({k: v.detach() for k, v in tensors.items()}, checkpoint_id=folder, process_group=self.group)
+                load({k: v.detach() for k, v in tensors.items()}, checkpoint_id=folder, process_group=self.group)
         except BaseException as error:
             problem = reason_of(error)
         return problem if all_true(problem is None) else problem or "another process could not read it"

@@ -159,7 +159,13 @@ class StepSampler(Sampler[list[Request]]):
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, start_step: int = 0, num_steps: int | None = None, shard=(0, 1)
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        num_steps: int | None = None,
+        shard=(0, 1),
     ) -> None:
         self.shard = shard
         if num_images < batch_size:
@@ -184,7 +190,9 @@ class StepSampler(Sampler[list[Request]]):
             self._order = sample_rng(self.seed, epoch, ORDER_STREAM).permutation(self.num_images)
         indices = self._order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
         b = self.batch_size // self.shard[1]
-        return [(index, step * self.batch_size + i) for i, index in enumerate(indices)][self.shard[0]*b:(self.shard[0]+1)*b]
+        return [(index, step * self.batch_size + i) for i, index in enumerate(indices)][
+            self.shard[0] * b : (self.shard[0] + 1) * b
+        ]
 
 
 def collate(samples: list[Sample]) -> Batch:

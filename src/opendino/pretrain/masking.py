@@ -67,8 +67,8 @@ def batch_masks(
     """Draw the masks of the two global crops of each image of a step.
 
     `share` of the crops are masked; their masked shares are drawn one from each of as many equal sub-intervals of
-    `ratio`, shuffled over the crops of the whole batch. The blocks of a crop are a function of (seed, step, crop) alone,
-    so that a process draws only those of its own images and all processes together draw the masks of one.
+    `ratio`, shuffled over the crops of the whole batch. The blocks of a crop are a function of (seed, step, crop)
+    alone, so that a process draws only those of its own images and all processes together draw the masks of one.
 
     Args:
         batch_size: B, of all processes together.

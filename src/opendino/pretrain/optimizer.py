@@ -66,7 +66,7 @@ def apply_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: fl
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """Give AdamW's state by parameter names, for a checkpoint that any number of processes can read.
 
     A parameter without a state yet gets the one that its first step would give it, so that there is always something to

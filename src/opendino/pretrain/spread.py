@@ -15,7 +15,7 @@ from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.student_teacher import StudentTeacher
 
 FSDP_FROM = 100_000_000
-"""Trained parameters from which `--sharding auto` shards instead of keeping a copy in each process: ViT-L and larger."""
+"""Trained parameters from which `--sharding auto` shards instead of keeping copies: ViT-L and larger."""
 ENTRY_POINTS = ("forward_features", "forward_packed")
 """Methods of the backbone that training calls."""
 

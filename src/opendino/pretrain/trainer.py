@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop of one or many processes: schedules, batch, teacher, student, clip, step, moving average, log, save.
+"""The training loop of one or many processes: schedules, batch, teacher, student, step, moving average, log, save.
 
 Randomness is a function of (seed, step, sample): crops, masks and stochastic depth are drawn from generators keyed by
 these, so a resumed run continues bit for bit, and any number of processes draws the same.
@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any number of processes computes what one does; checkpoints go from any number to any other."""
+
+import json
+import signal
+
+import pytest
+import torch
+from runs import kill, losses, opendino, pretrain, records, start, wait_until, weights, write_images
+
+from opendino.pretrain.checkpoint import list_checkpoints
+
+MODES = {"one": (), "fsdp": ("--nproc", "2", "--sharding", "fsdp"), "ddp": ("--nproc", "2", "--sharding", "ddp")}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def one(images, tmp_path_factory):
+    """Runs of one process, 20 steps, by centring."""
+    folder = tmp_path_factory.mktemp("one")
+    for centering in ("sinkhorn", "moving"):
+        opendino(*pretrain(images, folder / centering, 20, "--loss.centering", centering, "--checkpoint-every", "10"))
+    return folder
+
+
+def largest_difference(a, b):
+    x, y = losses(a), losses(b)
+    assert x.keys() == y.keys()
+    return max(abs(x[step] - y[step]) for step in x)
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "moving"])
+@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
+def test_two_processes_give_the_losses_of_one(mode, centering, images, one, tmp_path):
+    run = tmp_path / "run"
+    opendino(*pretrain(images, run, 20, "--loss.centering", centering), *MODES[mode])
+    found = largest_difference(run, one / centering)
+    print(f"{mode} {centering}: largest difference of the loss over 20 steps {found:.1e}")
+    assert found < 1e-5
+    for key in ("grad_norm_backbone", "teacher_entropy", "koleo"):
+        first = [r[key] for r in (records(run)[0], records(one / centering)[0])]
+        if key != "teacher_entropy":  # of the first process's images alone
+            assert first[0] == pytest.approx(first[1], rel=1e-4), key
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (2, 4), (1, 2), (4, 2)])
+def test_a_checkpoint_continues_on_another_number_of_processes(first, second, images, one, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--sharding", "fsdp", "--checkpoint-every", "10")
+    process = start(*pretrain(images, run, 20, *flags), "--nproc", str(first))
+    wait_until(lambda: len(records(run)) > 11, process)
+    code, messages = kill(process, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, messages
+    assert "continue with: opendino resume" in messages
+    stopped = max(losses(run))
+    assert 11 <= stopped < 20
+    assert list_checkpoints(run)[-1].name == f"step_{stopped:08d}"
+    opendino("resume", run, "--nproc", second)
+    assert largest_difference(run, one / "sinkhorn") < 1e-5
+    a, b = weights(run), weights(one / "sinkhorn")
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-3) for k in a)
+
+
+def test_accumulation_over_processes_and_activation_checkpointing_change_nothing(images, tmp_path):
+    common = ("--accumulate", "2", "--heads.batch-norm", "False")
+    opendino(*pretrain(images, tmp_path / "a", 6, *common))
+    more = ("--activation-checkpointing", "True", *MODES["fsdp"])
+    opendino(*pretrain(images, tmp_path / "b", 6, *common, "--loss.koleo-weight", "0.0", *more))
+    opendino(*pretrain(images, tmp_path / "c", 6, *common, "--loss.koleo-weight", "0.0"))
+    assert largest_difference(tmp_path / "b", tmp_path / "c") < 1e-5
+
+
+def test_a_batch_that_cannot_be_shared_and_a_wrong_number_are_one_paragraph(images, tmp_path):
+    done = opendino(*pretrain(images, tmp_path / "run", 2), "--nproc", "3", check=False)
+    assert done.returncode == 2
+    assert "cannot be shared by 3 processes" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = opendino(*pretrain(images, tmp_path / "run", 2), "--nproc", "0", check=False)
+    assert done.returncode == 2
+    assert "--nproc is 0" in done.stderr
+
+
+def test_under_torchrun_the_processes_that_are_there_are_used(images, tmp_path):
+    import subprocess
+    import sys
+
+    from runs import ENVIRONMENT
+
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "opendino.cli",
+    ]
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [*command, *pretrain(images, run, 2)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(losses(run)) == [1, 2]
+    files = [f.name for f in list_checkpoints(run)[-1].iterdir()]
+    assert "trainer.json" in files
+    assert json.loads((list_checkpoints(run)[-1] / "trainer.json").read_text())["step"] == 2
