@@ -29,6 +29,7 @@ from opendino.models.weights import save_backbone
 from opendino.pretrain.checkpoint import load_checkpoint, save_checkpoint
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch, make_loader
+from opendino.pretrain.depth import DepthDraws
 from opendino.pretrain.health import health
 from opendino.pretrain.masking import batch_masks
 from opendino.pretrain.memory import keep_freed_memory
@@ -40,7 +41,7 @@ from opendino.pretrain.student_teacher import Crops, StudentTeacher, Targets
 log = logging.getLogger("opendino")
 Record = dict[str, Any]
 Probe = Callable[[VisionTransformer], dict[str, float]]
-MASK_STREAM, DEPTH_STREAM, INIT_STREAM = 1, 2, 3
+MASK_STREAM, INIT_STREAM = 1, 3
 
 
 class Trainer:
@@ -138,9 +139,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for i, (crops, target) in enumerate(zip(micro_batches, targets, strict=True)):
-            key = stream_seed(self.config.seed, DEPTH_STREAM, self.step * self.config.accumulate + i)
+            images = crops.num_images
+            depth = DepthDraws(self.config.seed, self.step, i * images, images, self.config.batch_size)
             with self._autocast():
-                loss, parts = self.model.loss(crops, target, torch.Generator().manual_seed(key))
+                loss, parts = self.model.loss(crops, target, depth)
             scaled: Tensor = self.scaler.scale(loss / len(micro_batches))
             scaled.backward()
             for name, value in (parts | {"loss": loss.detach()}).items():
