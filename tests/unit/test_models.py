@@ -6,7 +6,7 @@ import torch
 
 from opendino.errors import ConfigError, DataError
 from opendino.models.config import ViTConfig
-from opendino.models.layers import add_on_subset
+from opendino.models.layers import add_rows, random_subset
 from opendino.models.registry import MODELS, get_config
 from opendino.models.vit import VisionTransformer
 
@@ -103,9 +103,11 @@ def test_packed_forward_equals_separate_forwards_in_values_and_gradients(registe
 
 
 def test_stochastic_depth_keeps_the_mean_and_whole_samples():
-    x = torch.zeros(8, 3, 4)
+    x = torch.zeros(8 * 3, 4)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([add_on_subset(x, lambda t, _: torch.ones_like(t), None, 0.5, generator) for _ in range(500)])
+    subsets = [random_subset([(8, 3)], 0.5, generator) for _ in range(500)]
+    draws = torch.stack([add_rows(x, s.index, torch.ones_like(x[s.index]), s.scale) for s in subsets])
+    draws = draws.unflatten(1, (8, 3))
     assert set(draws.unique().tolist()) == {0.0, 2.0}
     assert torch.equal(draws.amin((2, 3)), draws.amax((2, 3)))
     assert draws.mean().item() == pytest.approx(1.0)  # exactly half of each batch is kept

@@ -10,7 +10,8 @@ into one sequence: then linear layers run once over all tokens and attention sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from opendino.models.config import ViTConfig
 
 Shapes = Sequence[tuple[int, int]]
-Branch = Callable[[Tensor, "Shapes | None"], Tensor]
 
 EXPLICIT_ATTENTION_MAX_TOKENS = 320
 """Up to this many tokens, training on a CPU uses explicit products: torch's CPU flash backward is slower there
@@ -101,7 +101,8 @@ class Attention(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
+    def forward(self, x: Tensor, shapes: Shapes | None = None, keep: Tensor | None = None) -> Tensor:
+        """(B, N, D) → (B, N, D), or packed (T, D) → (T, D); only the rows `keep` of a packed result when given."""
         qkv = self.qkv(x)
         if shapes is None:
             mixed = self._mix(qkv)
@@ -110,18 +111,34 @@ class Attention(nn.Module):
             mixed = torch.cat(
                 [self._mix(p.unflatten(0, shape)).flatten(0, 1) for p, shape in zip(parts, shapes, strict=True)]
             )
-        out: Tensor = self.proj(mixed)
+        out: Tensor = self.proj(mixed if keep is None else mixed[keep])
         return out
 
     def _mix(self, qkv: Tensor) -> Tensor:
+        if not qkv.numel():  # no image of this group was kept by stochastic depth
+            return qkv.chunk(3, dim=-1)[0]
         return attend(*self.split_heads(qkv)).transpose(1, 2).flatten(2)  # (B, N, D)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The images of a packed batch on which a residual branch is computed (DINOv2 §4, "Efficient stochastic depth").
+
+    Attributes:
+        index: rows of the kept images' tokens in the packed batch, (S,).
+        shapes: (kept images, N) of each crop group; groups without a kept image stay, with 0.
+        scale: what the branch is multiplied by so that its mean is kept; a number, or per row, (S, 1).
+    """
+
+    index: Tensor
+    shapes: Shapes
+    scale: float | Tensor
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention and feed-forward, each a residual with LayerScale.
 
-    In training with `drop_path_rate` > 0 each branch is computed on a random subset of the batch only and rescaled
-    (DINOv2 §4, "Efficient stochastic depth").
+    In training with `drop_path_rate` > 0 each branch is computed on a subset of the images only and rescaled.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -135,52 +152,104 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.drop_path_rate = config.drop_path_rate
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """(B, N, D) → (B, N, D), or packed (T, D) → (T, D). `generator` draws the stochastic-depth subsets."""
-        x = self._add(x, self._attention_branch, shapes, generator)
-        return self._add(x, self._ffn_branch, shapes, generator)
+    def forward(
+        self,
+        x: Tensor,
+        shapes: Shapes | None = None,
+        subsets: Sequence[Subset] | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Apply both branches.
 
-    def _attention_branch(self, x: Tensor, shapes: Shapes | None) -> Tensor:
-        out: Tensor = self.ls1(self.attn(self.norm1(x), shapes))
+        Args:
+            x: (B, N, D), or packed (T, D).
+            shapes: (B, N) of each crop group when packed.
+            subsets: the images of the attention branch and those of the feed-forward; None draws them from torch's
+                global generator when the block drops any.
+            keep: rows of a packed x whose outputs are wanted; the others serve as keys and values only.
+
+        Returns:
+            Same shape as x, or (len(keep), D).
+        """
+        if subsets is None and self.training and self.drop_path_rate > 0:
+            drawn = shapes or [(x.shape[0], x.shape[1])]
+            subsets = [random_subset(drawn, self.drop_path_rate, device=x.device) for _ in range(2)]
+            if shapes is None:
+                return self(x.flatten(0, 1), drawn, subsets).unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
+        if subsets is not None:
+            return self._on_subsets(x, subsets, keep)
+        if keep is not None:
+            x = x[keep] + self._attention_branch(x, shapes, keep)
+        else:
+            x = x + self._attention_branch(x, shapes)
+        return x + self._ffn_branch(x)
+
+    def _on_subsets(self, x: Tensor, subsets: Sequence[Subset], keep: Tensor | None) -> Tensor:
+        first, second = subsets
+        if keep is None:
+            x = add_rows(x, first.index, self._attention_branch(x[first.index], first.shapes), first.scale)
+            return add_rows(x, second.index, self._ffn_branch(x[second.index]), second.scale)
+        place = torch.full((len(x),), -1, device=x.device)  # of each row in the result
+        place[keep] = torch.arange(len(keep), device=x.device)
+        out = x[keep]
+        wanted, scale = _wanted(place, first)
+        branch = self._attention_branch(x[first.index], first.shapes, wanted)
+        out = add_rows(out, place[first.index[wanted]], branch, scale)
+        wanted, scale = _wanted(place, second)
+        rows = place[second.index[wanted]]
+        return add_rows(out, rows, self._ffn_branch(out[rows]), scale)
+
+    def _attention_branch(self, x: Tensor, shapes: Shapes | None, keep: Tensor | None = None) -> Tensor:
+        out: Tensor = self.ls1(self.attn(self.norm1(x), shapes, keep))
         return out
 
-    def _ffn_branch(self, x: Tensor, shapes: Shapes | None) -> Tensor:
+    def _ffn_branch(self, x: Tensor) -> Tensor:
         out: Tensor = self.ls2(self.mlp(self.norm2(x)))
         return out
 
-    def _add(self, x: Tensor, branch: Branch, shapes: Shapes | None, generator: torch.Generator | None) -> Tensor:
-        if self.training and self.drop_path_rate > 0:
-            return add_on_subset(x, branch, shapes, self.drop_path_rate, generator)
-        return x + branch(x, shapes)
+
+def _wanted(place: Tensor, subset: Subset) -> tuple[Tensor, float | Tensor]:
+    """Rows of a subset that have a place in the result, and their scale."""
+    wanted = (place[subset.index] >= 0).nonzero().squeeze(1)
+    return wanted, subset.scale[wanted] if isinstance(subset.scale, Tensor) else subset.scale
 
 
-def add_on_subset(
-    x: Tensor, branch: Branch, shapes: Shapes | None, rate: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Add a residual branch computed on a random part of the batch, rescaled so that its mean is kept.
+def add_rows(x: Tensor, index: Tensor, branch: Tensor, scale: float | Tensor) -> Tensor:
+    """Give x (T, D) with scale · branch (S, D) added to its rows `index`."""
+    if isinstance(scale, Tensor):
+        branch, scale = branch * scale, 1.0
+    return x.index_add(0, index, branch.to(x.dtype), alpha=scale)
+
+
+def random_subset(
+    shapes: Shapes, rate: float, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Subset:
+    """Draw the images that a branch keeps from each crop group, at least one.
 
     Args:
-        x: (B, N, D), or packed (T, D).
-        branch: the residual function of the kept tokens and their shapes.
-        shapes: (B, N) of each crop group when packed, else None.
-        rate: share of the samples of each group that skip the branch; at least one sample is kept.
+        shapes: (B, N) of each crop group.
+        rate: share of the images that skip the branch.
         generator: CPU generator of the draw; None uses torch's global one.
-
-    Returns:
-        x plus the rescaled branch, same shape (DINOv2 §4, "Efficient stochastic depth").
+        device: of the tokens.
     """
-    if shapes is None:
-        packed = add_on_subset(x.flatten(0, 1), branch, [(x.shape[0], x.shape[1])], rate, generator)
-        unpacked: Tensor = packed.unflatten(0, (x.shape[0], x.shape[1]))
-        return unpacked
-    rows, kept_shapes, scales, start = [], [], [], 0
-    for batch, tokens in shapes:
-        kept = max(int(batch * (1 - rate)), 1)
-        samples = torch.randperm(batch, generator=generator)[:kept]
-        rows.append((start + samples[:, None] * tokens + torch.arange(tokens)).flatten())
-        kept_shapes.append((kept, tokens))
-        scales.append(torch.full((kept * tokens, 1), batch / kept))
+    kept, share = [], []
+    for batch, _ in shapes:
+        count = max(int(batch * (1 - rate)), 1)
+        kept.append(torch.randperm(batch, generator=generator)[:count])
+        share.append(torch.full((count,), batch / count))
+    return subset_of(shapes, kept, share, device)
+
+
+def subset_of(
+    shapes: Shapes, kept: Sequence[Tensor], scales: Sequence[Tensor], device: torch.device | str = "cpu"
+) -> Subset:
+    """Build a subset from the kept images of each crop group and their scales, both on the CPU."""
+    rows, factors, kept_shapes, start = [], [], [], 0
+    for (batch, tokens), images, scale in zip(shapes, kept, scales, strict=True):
+        rows.append((start + images[:, None] * tokens + torch.arange(tokens)).flatten())
+        factors.append(scale.repeat_interleave(tokens))
+        kept_shapes.append((len(images), tokens))
         start += batch * tokens
-    index = torch.cat(rows).to(x.device)
-    scale = torch.cat(scales).to(x)
-    return x.index_add(0, index, (branch(x[index], kept_shapes) * scale).to(x.dtype))
+    factor = torch.cat(factors)
+    one = len(factor) > 0 and bool((factor == factor[0]).all())
+    return Subset(torch.cat(rows).to(device), kept_shapes, float(factor[0]) if one else factor.unsqueeze(1).to(device))

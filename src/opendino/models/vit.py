@@ -9,17 +9,32 @@ Token order: cls, registers, patches. Registers get no position: the table is ad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from opendino.errors import DataError
 from opendino.models.config import PreprocessSpec, ViTConfig
-from opendino.models.layers import Block, LayerScale, PatchEmbed
+from opendino.models.layers import Block, LayerScale, PatchEmbed, Shapes, Subset
 from opendino.models.positions import resize_pos_embed
 
 Features = dict[str, Any]
+
+
+class DepthPlan(Protocol):
+    """Says which images each residual branch of a packed batch is computed on."""
+
+    def subsets(self, block: int, rate: float, shapes: Shapes, device: torch.device) -> Sequence[Subset]:
+        """Give the subsets of the attention and the feed-forward branch of block number `block`."""
+
+
+def _subsets(
+    depth: DepthPlan | None, number: int, block: Any, shapes: Shapes, device: torch.device
+) -> Sequence[Subset] | None:
+    if depth is None or not block.training or not block.drop_path_rate:
+        return None
+    return depth.subsets(number, block.drop_path_rate, shapes, device)
 
 
 class VisionTransformer(nn.Module):
@@ -147,10 +162,7 @@ class VisionTransformer(nn.Module):
         return self._split(tokens, self.norm(tokens), masks)
 
     def forward_packed(
-        self,
-        crops: Sequence[Tensor],
-        masks: Sequence[Tensor | None],
-        generator: torch.Generator | None = None,
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], depth: DepthPlan | None = None
     ) -> list[Features]:
         """Compute several batches of different sizes in one pass over the packed tokens.
 
@@ -160,16 +172,61 @@ class VisionTransformer(nn.Module):
         Args:
             crops: images of each group, (B_i, C, H_i, W_i).
             masks: one bool (B_i, P_i) or None per group.
-            generator: CPU generator of the stochastic-depth subsets in training.
+            depth: the images that each branch is computed on; see `Block.forward`.
         """
-        groups = [self.prepare_tokens(x, m) for x, m in zip(crops, masks, strict=True)]
-        shapes = [(t.shape[0], t.shape[1]) for t in groups]
-        packed = torch.cat([t.flatten(0, 1) for t in groups])  # (T, D)
-        for block in self.blocks:
-            packed = block(packed, shapes, generator)
+        packed, shapes = self._pack(crops, masks)
+        for i, block in enumerate(self.blocks):
+            packed = block(packed, shapes, _subsets(depth, i, block, shapes, packed.device))
         lengths = [b * n for b, n in shapes]
         parts = zip(packed.split(lengths), self.norm(packed).split(lengths), shapes, masks, strict=True)
         return [self._split(raw.unflatten(0, s), normed.unflatten(0, s), m) for raw, normed, s, m in parts]
+
+    def forward_selected(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        patches: Sequence[Tensor | None],
+        depth: DepthPlan | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Compute only the tokens that losses need: every cls token and the chosen patches of each batch.
+
+        Equal to those of `forward_packed`; the last block's projection and feed-forward run for them alone.
+
+        Args:
+            crops: images of each group, (B_i, C, H_i, W_i).
+            masks: hidden patches, one bool (B_i, P_i) or None per group.
+            patches: wanted patches, one bool (B_i, P_i) or None per group.
+            depth: the images that each branch is computed on; see `Block.forward`.
+
+        Returns:
+            x_norm_clstoken (B_i, D) and x_norm_patchtokens[patches] (M_i, D) of each group.
+        """
+        tokens, shapes = self._pack(crops, masks)
+        keep = self._wanted_rows(shapes, patches, tokens.device)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            subsets = _subsets(depth, i, block, shapes, tokens.device)
+            tokens = block(tokens, shapes, subsets, torch.cat(keep) if i == last else None)
+        parts = iter(self.norm(tokens).split([len(k) for k in keep]))
+        return list(zip(parts, parts, strict=True))
+
+    def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, list[tuple[int, int]]]:
+        groups = [self.prepare_tokens(x, m) for x, m in zip(crops, masks, strict=True)]
+        return torch.cat([t.flatten(0, 1) for t in groups]), [(t.shape[0], t.shape[1]) for t in groups]
+
+    def _wanted_rows(
+        self, shapes: Sequence[tuple[int, int]], patches: Sequence[Tensor | None], device: torch.device
+    ) -> list[Tensor]:
+        """Rows of the cls tokens, then of the wanted patches, of each group in turn."""
+        rows, start, before = [], 0, 1 + self.num_register_tokens
+        for (batch, tokens), wanted in zip(shapes, patches, strict=True):
+            cls = start + torch.arange(batch, device=device) * tokens
+            image, patch = torch.zeros(2, 0, dtype=torch.long, device=device)
+            if wanted is not None:
+                image, patch = wanted.nonzero().unbind(1)
+            rows += [cls, cls[image] + before + patch]
+            start += batch * tokens
+        return rows
 
     def _split(self, prenorm: Tensor, normed: Tensor, masks: Tensor | None) -> Features:
         first_patch = 1 + self.num_register_tokens

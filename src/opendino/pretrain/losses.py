@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opendino.distributed.collectives import gather_rows, rank, world_size
+
 
 def dino_loss(
     global_logits: Tensor, local_logits: Tensor | None, teacher_probs: Tensor, student_temp: float = 0.1
@@ -66,20 +68,24 @@ def mask_weights(masks: Tensor) -> Tensor:
 def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
     """−mean log distance to the nearest neighbour among L2-normalised rows (Sablayrolles et al. 2018, eq. 1).
 
+    Neighbours are sought among the rows of all processes; the mean is over the rows of this one.
+
     Finite, with finite gradients, for duplicates and for fp16 input: the distance is computed in fp32, and its square
-    is bounded below before the root. Fewer than two rows have no neighbour and give 0.
+    is bounded below before the root. Fewer than two rows in all have no neighbour and give 0.
 
     Args:
-        x: (n, D).
+        x: (n, D), n the same in every process.
         eps: smallest distance.
     """
-    if len(x) < 2:
+    if len(x) * world_size() < 2:
         return x[:0].float().sum()
     with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x.float(), dim=-1)
+        x = F.normalize(x if x.dtype is torch.float64 else x.float(), dim=-1)
+        everyone = gather_rows(x)
         with torch.no_grad():
-            similarity = x @ x.T
-            similarity.fill_diagonal_(-2)
+            similarity = x @ everyone.T
+            own = torch.arange(len(x), device=x.device)
+            similarity[own, own + rank() * len(x)] = -2
             nearest = similarity.argmax(1)
-        squared = (x - x[nearest]).square().sum(1)
+        squared = (x - everyone[nearest]).square().sum(1)
         return -0.5 * torch.log(squared.clamp_min(eps**2)).mean()

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opendino.distributed.collectives import world_size
 from opendino.distributed.sharding import checkpoint_activations, replicate, shard_fully, whole
@@ -16,25 +14,14 @@ from opendino.pretrain.student_teacher import StudentTeacher
 
 FSDP_FROM = 100_000_000
 """Trained parameters from which `--sharding auto` shards instead of keeping copies: ViT-L and larger."""
-ENTRY_POINTS = ("forward_features", "forward_packed")
+ENTRY_POINTS = ("forward_features", "forward_selected")
 """Methods of the backbone that training calls."""
-
-
-class LossModule(nn.Module):
-    """The loss as a forward pass, which is what DDP hooks into."""
-
-    def __init__(self, model: StudentTeacher) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model.loss(*args)
 
 
 def spread(
     model: StudentTeacher, config: PretrainConfig, device: torch.device, compute_dtype: torch.dtype | None
 ) -> nn.Module:
-    """Put the model on its device and spread it over the processes; give the module that computes the loss.
+    """Put the model on its device and spread it over the processes; give the module whose call computes the loss.
 
     One process: as it is. Several: FSDP2 shards student and teacher by blocks, or DDP keeps copies and averages the
     student's gradients (`config.sharding`).
@@ -43,7 +30,7 @@ def spread(
     if config.activation_checkpointing:
         checkpoint_activations(student.blocks)  # type: ignore[arg-type]
     if not uses_fsdp(model, config):
-        return replicate(LossModule(model.to(device)), device)
+        return replicate(model.to(device), device)
     for network in (model.student, model.teacher):
         for name, module in network.items():
             is_backbone = name == "backbone"
@@ -54,7 +41,7 @@ def spread(
                 compute_dtype=compute_dtype,
                 entry_points=ENTRY_POINTS if is_backbone else (),
             )
-    return LossModule(model.to(device))
+    return model.to(device)
 
 
 def uses_fsdp(model: StudentTeacher, config: PretrainConfig) -> bool:

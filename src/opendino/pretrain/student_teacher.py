@@ -8,17 +8,19 @@ Crop order: all first global crops, then all second ones; local crops are crop-m
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from opendino.models.registry import get_config
-from opendino.models.vit import VisionTransformer
-from opendino.pretrain.centering import MovingCenter, sinkhorn_knopp
+from opendino.models.vit import DepthPlan, VisionTransformer
+from opendino.pretrain.centering import MovingCenter, TargetRows, sinkhorn_offsets
 from opendino.pretrain.config import LossSettings, PretrainConfig
+from opendino.pretrain.cross_entropy import RowLoss
 from opendino.pretrain.heads import DINOHead
-from opendino.pretrain.losses import dino_loss, ibot_loss, koleo_loss, mask_weights
+from opendino.pretrain.losses import koleo_loss, mask_weights
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,27 @@ class Crops:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher says: prototype probabilities, fp32.
+    """What the teacher says about one micro-batch.
 
     Attributes:
-        cls: (2B, K) of the global crops.
-        patches: (M, K) of the masked patches, in the order of `masks.flatten().nonzero()`.
+        cls_rows: of the 2B global crops.
+        patch_rows: of the M masked patches, in the order of `masks.flatten().nonzero()`.
         features: (2B, D) teacher cls tokens, for the health figures.
     """
 
-    cls: Tensor
-    patches: Tensor
+    cls_rows: TargetRows
+    patch_rows: TargetRows
     features: Tensor
+
+    @property
+    def cls(self) -> Tensor:
+        """Prototype probabilities of the global crops, (2B, K) fp32, computed at each call."""
+        return self.cls_rows.probabilities()
+
+    @property
+    def patches(self) -> Tensor:
+        """Prototype probabilities of the masked patches, (M, K) fp32, computed at each call."""
+        return self.patch_rows.probabilities()
 
 
 class StudentTeacher(nn.Module):
@@ -85,74 +97,115 @@ class StudentTeacher(nn.Module):
         k = config.heads.num_prototypes
         self.centers = nn.ModuleDict({"dino": MovingCenter(k), "ibot": MovingCenter(k)})
 
+    def forward(
+        self, crops: Crops, targets: Targets, depth: DepthPlan | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give `loss`, so that a wrapper around the module sees the call."""
+        return self.loss(crops, targets, depth)
+
     # --- teacher ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def teacher_logits(self, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:
-        """Give cls logits (2B, K), masked-patch logits (M, K) and cls tokens (2B, D) of the unmasked global crops."""
-        features = self.teacher["backbone"].forward_features(crops.global_crops)  # type: ignore[operator]
-        cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"][crops.masks]
-        return self.teacher["dino_head"](cls).float(), self._ibot(self.teacher, patches).float(), cls.float()
-
-    @torch.no_grad()
     def targets(self, micro_batches: list[Crops], teacher_temp: float) -> list[Targets]:
-        """Give the teacher's targets, centred over the whole batch however it is cut into micro-batches."""
-        outputs = [self.teacher_logits(crops) for crops in micro_batches]
-        cls = self._center("dino", torch.cat([o[0] for o in outputs]), teacher_temp)
-        patches = self._center("ibot", torch.cat([o[1] for o in outputs]), teacher_temp)
-        cls_parts = cls.split([len(o[0]) for o in outputs])
-        patch_parts = patches.split([len(o[1]) for o in outputs])
-        return [Targets(c, p, o[2]) for c, p, o in zip(cls_parts, patch_parts, outputs, strict=True)]
+        """Give the teacher's targets, centred over the batch of all processes however it is cut into micro-batches."""
+        tokens = [self._teacher_tokens(crops) for crops in micro_batches]
+        cls_rows, patch_rows = self._target_rows([t[0] for t in tokens], [t[1] for t in tokens], teacher_temp)
+        return [Targets(c, p, t[0].float()) for c, p, t in zip(cls_rows, patch_rows, tokens, strict=True)]
 
-    def _center(self, name: str, logits: Tensor, temp: float) -> Tensor:
-        if not len(logits):
-            return logits
+    def _teacher_tokens(self, crops: Crops) -> tuple[Tensor, Tensor]:
+        """cls tokens (2B, D) and masked patches (M, D) of the unmasked global crops."""
+        [tokens] = self.teacher["backbone"].forward_selected(  # type: ignore[operator]
+            [crops.global_crops], [None], [crops.masks]
+        )
+        return tokens  # type: ignore[no-any-return]
+
+    def _target_rows(
+        self, cls: list[Tensor], patches: list[Tensor], temp: float
+    ) -> tuple[list[TargetRows], list[TargetRows]]:
+        if "ibot_head" in self.teacher:
+            cls_z, cls_prototypes = self.teacher["dino_head"](cls)
+            patch_z, patch_prototypes = self.teacher["ibot_head"](patches)
+        else:
+            z, cls_prototypes = self.teacher["dino_head"](cls + patches)
+            cls_z, patch_z, patch_prototypes = z[: len(cls)], z[len(cls) :], cls_prototypes
+        return self._center("dino", cls_z, cls_prototypes, temp), self._center("ibot", patch_z, patch_prototypes, temp)
+
+    def _center(self, name: str, rows: list[Tensor], prototypes: Tensor, temp: float) -> list[TargetRows]:
+        everything = torch.cat(rows)
         if self.settings.centering == "sinkhorn":
-            balanced: Tensor = sinkhorn_knopp(logits, temp)
-            return balanced
-        center = self.centers[name]
-        probabilities: Tensor = center.probabilities(logits, temp)  # type: ignore[operator]
-        center.update(logits)  # type: ignore[operator]
-        return probabilities
+            offsets = sinkhorn_offsets(everything, prototypes, temp)
+        else:
+            center = self.centers[name]
+            assert isinstance(center, MovingCenter)
+            offsets = center.offsets(temp)
+            center.update_rows(everything, prototypes)
+        return [TargetRows(z, prototypes, temp, offsets) for z in rows]
 
     # --- student ---------------------------------------------------------------------------------------------------
 
-    def loss(
-        self, crops: Crops, targets: Targets, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, crops: Crops, targets: Targets, depth: DepthPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the weighted sum of the losses of one micro-batch and its parts, detached.
+
+        Each head is called once, with whatever number of rows.
 
         Args:
             crops: the crops; the student sees all of them, the globals masked.
             targets: what `targets` gave for the same crops.
-            generator: CPU generator of the stochastic-depth subsets.
+            depth: the stochastic-depth draws of these images (`opendino.pretrain.depth.DepthDraws`).
         """
         groups = [crops.global_crops] + ([] if crops.local_crops is None else [crops.local_crops])
         masks = [crops.masks, None][: len(groups)]
-        student = self.student["backbone"].forward_packed(groups, masks, generator)  # type: ignore[operator]
-        cls = student[0]["x_norm_clstoken"]
-        head = self.student["dino_head"]
-        local_logits = head(student[1]["x_norm_clstoken"]) if len(groups) > 1 else None
-        s = self.settings
-        dino, parts = dino_loss(head(cls), local_logits, targets.cls, s.student_temp)
-        total = s.dino_weight * dino
-        if s.ibot_weight and len(targets.patches):
-            logits = self._ibot(self.student, student[0]["x_norm_patchtokens"][crops.masks])
-            weights = mask_weights(crops.masks)
-            ibot = ibot_loss(logits, targets.patches, weights, crops.masks.shape[0], s.student_temp)
-            total = total + s.ibot_weight * ibot
-            parts["ibot"] = ibot.detach()
-        if s.koleo_weight:
+        student = self.student["backbone"].forward_selected(groups, masks, masks, depth)  # type: ignore[operator]
+        cls, patches = student[0]
+        total, parts = self._cross_entropies([tokens for tokens, _ in student], patches, crops, targets)
+        parts["dino"] = parts["dino_global"] + parts["dino_local"]
+        if self.settings.koleo_weight:
             koleo = torch.stack([koleo_loss(group) for group in cls.chunk(2)]).sum()
-            total = total + s.koleo_weight * koleo
+            total = total + self.settings.koleo_weight * koleo
             parts["koleo"] = koleo.detach()
-        parts["dino"] = dino.detach()
         return total, parts
 
-    def _ibot(self, network: nn.ModuleDict, patches: Tensor) -> Tensor:
-        head = network["ibot_head"] if "ibot_head" in network else network["dino_head"]
-        logits: Tensor = head(patches)
-        return logits
+    def _cross_entropies(
+        self, cls: list[Tensor], patches: Tensor, crops: Crops, targets: Targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """DINO and iBOT from the cls tokens of global (and local) crops and the masked patches."""
+        s = self.settings
+        dino = dino_rows(targets.cls_rows, len(cls[0]), [len(c) for c in cls[1:]], s.dino_weight)
+        own = torch.arange(len(patches), device=patches.device).unsqueeze(1)
+        weights = mask_weights(crops.masks) / len(crops.masks)
+        ibot = [RowLoss(targets.patch_rows, own, weights, s.ibot_weight)] if s.ibot_weight else []
+        extra = [patches][: len(ibot)]
+        if "ibot_head" in self.student and ibot:
+            total, cls_parts = self.student["dino_head"](cls, dino, s.student_temp)
+            more, patch_parts = self.student["ibot_head"](extra, ibot, s.student_temp)
+            total, values = total + more, torch.cat([cls_parts, patch_parts])
+        else:
+            total, values = self.student["dino_head"](cls + extra, dino + ibot, s.student_temp)
+        names = ["dino_global", *["dino_local"] * (len(cls) - 1), *["ibot"] * len(ibot)]
+        zero = {"dino_local": values.new_zeros(())}
+        return total, zero | dict(zip(names, values.unbind(), strict=True))
+
+
+def dino_rows(targets: TargetRows, num_global: int, num_local: Sequence[int], factor: float) -> list[RowLoss]:
+    """Write `dino_loss` as rows: the other global crop's target for each global crop, both targets for each local.
+
+    Args:
+        targets: of the 2B global crops.
+        num_global: 2B.
+        num_local: [L·B], or [] without local crops.
+        factor: weight of the loss.
+    """
+    images, device = num_global // 2, targets.z.device
+    pairs = images * (2 + 2 * (sum(num_local) // images))
+    image = torch.arange(images, device=device)
+
+    def rows(index: Tensor) -> RowLoss:
+        return RowLoss(targets, index, torch.full((len(index),), 1 / pairs, device=device), factor)
+
+    result = [rows(torch.cat([image + images, image]).unsqueeze(1))]
+    for count in num_local:
+        result.append(rows(torch.stack([image, image + images], 1).repeat(count // images, 1)))
+    return result
 
 
 def backbone_config(config: PretrainConfig) -> dict[str, object]:

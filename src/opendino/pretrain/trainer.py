@@ -27,6 +27,7 @@ from opendino.models.vit import VisionTransformer
 from opendino.pretrain.checkpoint import Checkpointer
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch, make_loader
+from opendino.pretrain.depth import DepthDraws
 from opendino.pretrain.device import LossScale, choose_precision
 from opendino.pretrain.health import health
 from opendino.pretrain.interrupts import StopRequest, TrainingStopped
@@ -48,7 +49,7 @@ from opendino.pretrain.student_teacher import Crops, StudentTeacher, Targets
 
 log = logging.getLogger("opendino")
 Probe = Callable[[VisionTransformer], dict[str, float]]
-DEPTH_STREAM, INIT_STREAM = 2, 3
+INIT_STREAM = 3
 ROLLBACK_LR = 0.5
 """A rollback halves the learning rate of what follows: the same steps again would end the same way."""
 
@@ -78,6 +79,7 @@ class Trainer:
         self.source = open_source(config.data)
         check_batch(config, len(self.source))
         self.num_images = config.batch_size // world_size()
+        self.first_image = rank() * self.num_images
         torch.manual_seed(stream_seed(config.seed, INIT_STREAM, 0))
         self.model = StudentTeacher(config)
         self.compute_loss = spread(self.model, config, self.device, self.amp_dtype)
@@ -163,12 +165,14 @@ class Trainer:
     def _backward(self, micro_batches: list[Crops], targets: list[Targets]) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
+        first = self.first_image
         for i, (crops, target) in enumerate(zip(micro_batches, targets, strict=True)):
-            key = stream_seed(self.config.seed, DEPTH_STREAM, self.step * self.config.accumulate + i)
+            depth = DepthDraws(self.config.seed, self.step, first, crops.num_images, self.config.batch_size)
+            first += crops.num_images
             last = i == len(micro_batches) - 1
             with reduce_gradients([self.compute_loss, *self.networks.values()], now=last):
                 with self._autocast():
-                    loss, parts = self.compute_loss(crops, target, torch.Generator().manual_seed(key))
+                    loss, parts = self.compute_loss(crops, target, depth)
                 (loss * (self.loss_scale.value / len(micro_batches))).backward()
             for name, value in (parts | {"loss": loss.detach()}).items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value / len(micro_batches)
@@ -308,13 +312,12 @@ class Trainer:
             )
         side = crops.global_size // self.teacher.patch_size
         m = self.config.masks
-        first = rank() * self.num_images
         masks = batch_masks(
             self.config.batch_size,
             (side, side),
             seed=self.config.seed,
             step=self.step,
-            images=slice(first, first + self.num_images),
+            images=slice(self.first_image, self.first_image + self.num_images),
             ratio=m.ratio,
             share=m.share,
         )
