@@ -155,3 +155,59 @@ def test_one_image_a_micro_batch_leaves_koleo_out_and_says_so(images, tmp_path, 
     run = trainer(images, tmp_path / "run", "{batch_size: 1, steps: 2}")
     assert "KoLeo is left out" in caplog.text
     assert run.train()["koleo"] == 0
+
+
+def test_a_run_that_diverges_goes_back_to_its_last_good_checkpoint(images, tmp_path, caplog):
+    run = trainer(images, tmp_path / "run", "{checkpoint_every: 2, max_bad_steps: 2}")
+    real = run.model.loss
+
+    def loss(*args):  # the steps with index 3 and 4 fail at the first learning rate
+        total, parts = real(*args)
+        return (total * float("nan") if run.step in (3, 4) and run.lr_factor == 1 else total), parts
+
+    run.model.loss = loss
+    last = run.train()
+    found = records(run)
+    assert [r["step"] for r in found] == [1, 2, 3, 4, 5, 6]
+    assert [r["rollbacks"] for r in found] == [0, 0, 1, 1, 1, 1]
+    assert found[2]["lr"] == pytest.approx(run.schedules(2)["lr"])
+    assert run.schedules(2)["lr"] == pytest.approx(0.005)  # half of what the recipe says
+    assert (last["bad_steps"], last["rollbacks"]) == (2, 1)
+    (event,) = [json.loads(line) for line in (run.run / "events.jsonl").read_text().splitlines()]
+    assert (event["from"], event["step"]) == (5, 2)
+    assert "learning rate × 0.5" in event["reason"]
+    assert event["reason"] in caplog.text
+    again = trainer(images, tmp_path / "run", "{checkpoint_every: 2, max_bad_steps: 2}")
+    assert (again.step, again.rollbacks, again.lr_factor) == (6, 1, 0.5)
+
+
+def test_going_back_in_vain_ends_with_what_to_do(images, tmp_path):
+    run = trainer(images, tmp_path / "run", "{checkpoint_every: 2, max_bad_steps: 1, max_rollbacks: 2}")
+    poison(run, {3})
+    with pytest.raises(ConfigError, match="going back 2 times did not help. Lower --optim.lr"):
+        run.train()
+    assert len((run.run / "events.jsonl").read_text().splitlines()) == 2
+
+
+def test_settings_that_define_nothing_may_change_on_the_way_and_others_may_not(images, tmp_path):
+    trainer(images, tmp_path / "run").train()
+    again = trainer(images, tmp_path / "run", "{checkpoint_every: 1, num_workers: 1, log_every: 3}")
+    assert again.step == 6
+    assert "log_every: 3" in (again.run / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"other settings \(seed\)"):
+        trainer(images, tmp_path / "run", "seed: 1")
+
+
+def test_a_request_to_stop_saves_and_says_where(images, tmp_path):
+    import os
+    import signal
+
+    from opendino.pretrain.interrupts import TrainingStopped
+
+    run = trainer(images, tmp_path / "run")
+    run.on_step = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] == 2 else None
+    with pytest.raises(TrainingStopped, match="Stopped at step 3"):
+        run.train()
+    again = trainer(images, tmp_path / "run")
+    assert again.step == 3
+    assert again.train()["step"] == 6
