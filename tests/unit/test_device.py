@@ -64,6 +64,6 @@ def test_a_second_interrupt_interrupts():
 
 
 def test_what_stopped_a_run_says_how_to_go_on():
-    stopped = TrainingStopped(0, 12, "runs/first")
-    assert stopped.number == signal.SIGTERM
+    stopped = TrainingStopped(signal.SIGUSR1, 12, "runs/first")
+    assert stopped.number == signal.SIGUSR1
     assert str(stopped) == "Stopped at step 12; continue with: opendino resume runs/first"

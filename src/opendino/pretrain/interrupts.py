@@ -19,11 +19,11 @@ class TrainingStopped(KeyboardInterrupt):
     """A run was asked to stop and has saved itself.
 
     Attributes:
-        number: of the signal, the same for all processes of the run where this one got it, else SIGTERM.
+        number: of the signal that this or another process of the run got.
     """
 
     def __init__(self, number: int, step: int, run: Path) -> None:
-        self.number = number or int(signal.SIGTERM)
+        self.number = number
         super().__init__(f"Stopped at step {step}; continue with: opendino resume {run}")
 
 

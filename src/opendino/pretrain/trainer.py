@@ -129,8 +129,8 @@ class Trainer:
                     batches = self._batches()
                     continue
                 self._finish_step(record)
-                if record.pop("stop"):
-                    self._stop(stop.number)
+                if number := record.pop("stop"):
+                    self._stop(number)
         self.checkpointer.finish(required=True)
         return record
 
@@ -179,15 +179,15 @@ class Trainer:
         return totals
 
     def _agree(self, parts: dict[str, Tensor], errors: int, stop: StopRequest) -> Record:
-        """Average the loss parts over the processes; add up unreadable images and requests to stop."""
+        """Average the loss parts over the processes, add up unreadable images, hear of signals that any process got."""
         means = torch.stack([parts[k].float() for k in sorted(parts)]) / world_size()
-        counts = means.new_tensor([float(errors), float(stop.number > 0)])
-        *values, errors_everywhere, stopping = all_sum(torch.cat([means, counts])).tolist()
+        counts = means.new_tensor([float(errors), float(stop.number), float(stop.number > 0)])
+        *values, errors_everywhere, numbers, stopping = all_sum(torch.cat([means, counts])).tolist()
         self.image_errors += int(errors_everywhere)
         limit = self.config.max_errors
         if limit is not None and self.image_errors > limit:
             raise DataError(f"{self.image_errors} images could not be read, more than --max-errors {limit}.")
-        return {**dict(zip(sorted(parts), values, strict=True)), "stop": stopping > 0}
+        return {**dict(zip(sorted(parts), values, strict=True)), "stop": round(numbers / max(stopping, 1))}
 
     def _finish_step(self, record: Record) -> None:
         last = self.step == self.config.steps
