@@ -159,15 +159,8 @@ class StepSampler(Sampler[list[Request]]):
     """
 
     def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        num_steps: int | None = None,
-        shard=(0, 1),
+        self, num_images: int, batch_size: int, seed: int, start_step: int = 0, num_steps: int | None = None
     ) -> None:
-        self.shard = shard
         if num_images < batch_size:
             raise DataError(
                 f"There are {num_images} images and a batch is {batch_size}. Add images or lower the batch."
@@ -189,10 +182,7 @@ class StepSampler(Sampler[list[Request]]):
             self._epoch = epoch
             self._order = sample_rng(self.seed, epoch, ORDER_STREAM).permutation(self.num_images)
         indices = self._order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
-        b = self.batch_size // self.shard[1]
-        return [(index, step * self.batch_size + i) for i, index in enumerate(indices)][
-            self.shard[0] * b : (self.shard[0] + 1) * b
-        ]
+        return [(index, step * self.batch_size + i) for i, index in enumerate(indices)]
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -220,7 +210,6 @@ def make_loader(
     num_workers: int = 0,
     cache: bool = False,
     channels: int = 3,
-    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Give the batches of the steps from `start_step` on.
 
@@ -242,7 +231,7 @@ def make_loader(
     dataset = PretrainDataset(source, crops, seed=seed, cache=cache, channels=channels)
     loader: DataLoader[Sample] = DataLoader(
         dataset,
-        batch_sampler=StepSampler(len(dataset), batch_size, seed, start_step, num_steps, shard),
+        batch_sampler=StepSampler(len(dataset), batch_size, seed, start_step, num_steps),
         num_workers=num_workers,
         collate_fn=collate,
         prefetch_factor=PREFETCH if num_workers else None,
