@@ -18,6 +18,7 @@ from PIL import Image
 
 from opendino.errors import DataError
 from opendino.images import locations, tar_index
+from opendino.images.fingerprint import explain_change, fingerprint
 from opendino.images.sources import open_source
 from opendino.images.tar_walk import walk_tar
 
@@ -418,3 +419,58 @@ def test_arrays_alone_are_images(tmp_path):
     for i in range(3):
         np.save(tmp_path / f"{i}.npy", np.zeros((4, 4), np.uint8))
     assert len(open_source(tmp_path)) == 3
+
+
+# --- what a run remembers ------------------------------------------------------------------------------------------
+
+
+def all_kinds(shards, tmp_path, images):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for key, data in images.items():
+        (photos / f"{key}.png").write_bytes(data)
+    write_parquet(tmp_path / "a.parquet", images)
+    return {"folder": photos, "tar": shards, "parquet": tmp_path / "a.parquet"}
+
+
+def test_the_same_data_elsewhere_have_the_same_fingerprint(shards, tmp_path, images):
+    for name, place in all_kinds(shards, tmp_path, images).items():
+        old = json.loads(json.dumps(fingerprint(open_source(place))))
+        moved = tmp_path / "other" / name / place.name
+        moved.parent.mkdir(parents=True)
+        os.rename(place, moved)
+        assert explain_change(old, fingerprint(open_source(moved))) is None
+        assert old["images"] == 10
+
+
+def test_a_changed_list_is_explained(tmp_path, images):
+    for key, data in images.items():
+        (tmp_path / f"{key}.png").write_bytes(data)
+    old = fingerprint(open_source(tmp_path))
+    (tmp_path / "0005.png").rename(tmp_path / "0005.jpg")
+    assert "10 images as before, but of other names" in explain_change(old, fingerprint(open_source(tmp_path)))
+    (tmp_path / "0005.jpg").unlink()
+    (tmp_path / "0002.png").unlink()
+    text = explain_change(old, fingerprint(open_source(tmp_path)))
+    assert "it had 10 images and has 8, 2 fewer (number 3 was 0003.png and is 0004.png)" in text
+    for i in range(5):
+        (tmp_path / f"9{i}.png").write_bytes(png(i))
+    assert "has 13, 3 more" in explain_change(old, fingerprint(open_source(tmp_path)))
+
+
+def test_a_file_of_a_list_that_is_gone_changes_no_fingerprint(tmp_path, images):
+    for key, data in images.items():
+        (tmp_path / f"{key}.png").write_bytes(data)
+    (tmp_path / "list.txt").write_text("\n".join(f"{k}.png" for k in images))
+    old = fingerprint(open_source(tmp_path / "list.txt"))
+    (tmp_path / "0003.png").unlink()
+    assert explain_change(old, fingerprint(open_source(tmp_path / "list.txt"))) is None
+
+
+def test_other_shards_of_the_same_images_are_another_list(shards):
+    old = fingerprint(open_source(shards))
+    files = [(f"{i:04}.png", png(i)) for i in range(10)]
+    for path in shards.glob("*.tar"):
+        path.unlink()
+    write_tar(shards / "all.tar", files)
+    assert explain_change(old, fingerprint(open_source(shards))) is not None

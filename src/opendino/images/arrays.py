@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import io
+import logging
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from opendino.errors import DataError, MissingExtraError
-from opendino.images.decode import DAMAGED, decode_image
+from opendino.images.decode import decode_image
+
+log = logging.getLogger("opendino")
 
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -42,7 +46,7 @@ def read_image(source: str | Path | bytes, *, channels: int = 3, name: str = "")
 
     Raises:
         DataError: for a file that cannot be read, with the reason, and one with another number of channels.
-        MissingExtraError: for a TIFF that Pillow cannot read, without tifffile.
+        MissingExtraError: for a TIFF of other than 1 or 3 channels that needs tifffile, without it.
     """
     name = name or ("<bytes>" if isinstance(source, bytes) else str(source))
     try:
@@ -60,7 +64,7 @@ def read_image(source: str | Path | bytes, *, channels: int = 3, name: str = "")
         raise
     except DataError as error:
         raise DataError(str(error).replace("<bytes>", name, 1)) from error
-    except (*DAMAGED, MemoryError) as error:
+    except Exception as error:  # parsers of headers let all sorts through on damaged files
         raise DataError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
     raise DataError(
         f"{name} is read as 3 channels (RGB) or 1 (grey), and the model takes {channels}. Give .npy arrays (height, "
@@ -124,9 +128,29 @@ def _read_tiff(source: str | Path | bytes, channels: int, name: str) -> Tensor |
                 return _from_array(_grey_pages(picture, channels), channels, name)
             if channels in (1, 3) and not colour16:
                 return None
-    except UnidentifiedImageError:  # Pillow knows no pixels of so many samples
-        pass
+            if channels == 3 and not _has_tifffile():
+                _warn_of_eight_bits(name)
+                return None
+    except UnidentifiedImageError:  # damaged, or of so many samples that Pillow does not know them
+        if channels in (1, 3) and not _has_tifffile():
+            return None
     return _from_array(_by_tifffile(source, name), channels, name)
+
+
+def _has_tifffile() -> bool:
+    try:
+        import tifffile  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _warn_of_eight_bits(name: str) -> None:
+    log.warning(
+        "%s and maybe others are 16-bit colour TIFFs, which are read at 8 bits. Install opendino[scientific] for all 16.",
+        name,
+    )
 
 
 def _grey_pages(picture: Image.Image, pages: int) -> np.ndarray[Any, Any]:

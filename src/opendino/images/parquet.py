@@ -112,6 +112,10 @@ class ParquetSource(ImageSource):
         """Give (n,) int32, the index in `classes` of each image, -1 without label."""
         return self._ids
 
+    def short_name(self, index: int) -> str:
+        """Give the name of the file, "#" and the number of the row in it."""
+        return self.name(index).rsplit("/", 1)[-1]
+
     def names_hash(self) -> str:
         """Give a hash of the files' names and the rows in their row groups."""
         digest = hashlib.sha256(json.dumps([os.path.basename(p) for p in self.paths]).encode())

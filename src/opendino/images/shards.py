@@ -79,6 +79,10 @@ class TarSource(ImageSource):
         """Give (n,) int32, the index in `classes` of each image, -1 without label."""
         return self.index.labels
 
+    def short_name(self, index: int) -> str:
+        """Give the name in the shard."""
+        return self.index.names[index]
+
     def names_hash(self) -> str:
         """Give a hash of the names in the shards and of which shard each is in."""
         digest = hashlib.sha256(np.ascontiguousarray(self.index.firsts, dtype="<i8").data)

@@ -78,6 +78,10 @@ class ImageSource(ABC):
         """Give (n,) int32, the index in `classes` of each image, -1 without label."""
 
     @abstractmethod
+    def short_name(self, index: int) -> str:
+        """Give the name of an image that does not say where the data lie."""
+
+    @abstractmethod
     def names_hash(self) -> str:
         """Give a hash of the names of all images in their order, the same wherever the data lie."""
 
@@ -141,6 +145,10 @@ class FileSource(ImageSource):
     def label_ids(self) -> Labels:
         """Give (n,) int32, the index in `classes` of each image, -1 without label."""
         return self._labels
+
+    def short_name(self, index: int) -> str:
+        """Give the path below the folder, or as the list has it."""
+        return self._paths[index]
 
     def names_hash(self) -> str:
         """Give a hash of the paths below the folder, or as the list has them."""
