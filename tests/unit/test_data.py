@@ -230,7 +230,9 @@ def test_a_worker_that_is_killed_ends_in_one_paragraph(folder):
             next(loader)
             time.sleep(0.05)
 
-    with pytest.raises(DataError, match=rf"\(pid {worker.pid}\) died \(Killed\).*lower --num-workers") as caught:
+    with pytest.raises(
+        DataError, match=rf"\(pid {worker.pid}\) died \((Killed|exited)\).*lower --num-workers"
+    ) as caught:
         go_on()
     assert "Traceback" not in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -148,7 +148,7 @@ def _has_tifffile() -> bool:
 @lru_cache(maxsize=1)
 def _warn_of_eight_bits(name: str) -> None:
     log.warning(
-        "%s and maybe others are 16-bit colour TIFFs, which are read at 8 bits. Install opendino[scientific] for all 16.",
+        "%s and maybe others are 16-bit colour TIFFs, read at 8 bits. Install opendino[scientific] for all 16.",
         name,
     )
 

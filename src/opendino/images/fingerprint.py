@@ -51,5 +51,5 @@ def explain_change(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return (
         f"The list of images in {new['root']}{elsewhere} has changed since the checkpoint was written: {change}. The "
         "run would go on with images in another order, some twice and some never. Bring the old files back, or name "
-        "the old list in a .txt (files that are gone are then replaced and counted), or start a new run in another --out."
+        "the old list in a .txt (what is gone is then replaced and counted), or start a new run in another --out."
     )

@@ -8,6 +8,7 @@ the same pair, and reported. So the state of a loader is the number of the next 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ MAX_TRIES = 64
 PREFETCH = 2
 REMOTE_READS = 16
 """Images that one worker fetches from a network at a time."""
+DEATH_NOTICE_S = 2.0
+"""How long the news of a worker's death may take."""
 SHUFFLE_BUFFER = 8192
 """Images that are shuffled together where neighbours are read together."""
 Request = tuple[int, int]
@@ -320,7 +323,12 @@ def worker_deaths_explained() -> Iterator[None]:
     torch may raise it anywhere in the main thread, not only where a batch is asked for; wrap the whole loop.
     """
     try:
-        yield
+        try:
+            yield
+        except (ConnectionError, EOFError, FileNotFoundError):
+            # A worker that dies cuts its connection first; torch hears of its death a moment later, and raises.
+            time.sleep(DEATH_NOTICE_S)
+            raise
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
