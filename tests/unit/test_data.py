@@ -2,8 +2,15 @@
 """Batches are a pure function of (seed, step): whatever the workers, the resume and the broken files."""
 
 import itertools
+import os
+import signal
+import tarfile
+import time
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +18,14 @@ from PIL import Image
 from opendino.errors import ConfigError, DataError
 from opendino.images.sources import open_source
 from opendino.pretrain.crops import CropsConfig
-from opendino.pretrain.data import MAX_TRIES, PretrainDataset, StepSampler, make_loader
+from opendino.pretrain.data import (
+    MAX_TRIES,
+    PretrainDataset,
+    StepSampler,
+    explain_death,
+    make_loader,
+    worker_deaths_explained,
+)
 from opendino.pretrain.photometric import apply_photometric
 
 CROPS = CropsConfig(global_size=16, local_size=8, num_local=3)
@@ -128,3 +142,166 @@ def test_grey_images_and_no_local_crops(folder):
     assert batch.global_crops.shape == (8, 1, 16, 16)
     assert batch.local_crops is None
     assert batch.local_params is None
+
+
+# --- shards, processes, dying workers ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kinds(folder, tmp_path_factory, monkeypatch):
+    """The same six images as tar shards, Parquet, and both behind URLs."""
+    root = tmp_path_factory.mktemp("kinds")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+    fs = fsspec.filesystem("memory")
+    files = sorted(folder.iterdir())
+    for k in range(2):
+        with tarfile.open(root / f"{k}.tar", "w") as tar:
+            for path in files[3 * k : 3 * k + 3]:
+                tar.add(path, path.name)
+        fs.put_file(str(root / f"{k}.tar"), f"/kinds/{k}.tar")
+    table = pa.table({"image": [{"bytes": p.read_bytes(), "path": p.name} for p in files]})
+    pq.write_table(table, root / "a.parquet", row_group_size=3)
+    fs.put_file(str(root / "a.parquet"), "/kinds/a.parquet")
+    yield [f"{root}/*.tar", root / "a.parquet", "memory://kinds/{0..1}.tar", "memory://kinds/a.parquet"]
+    fs.rm("/kinds", recursive=True)
+
+
+def test_every_kind_of_source_gives_the_crops_of_the_folder(folder, kinds):
+    (of_folder,) = batches(folder, 1, batch_size=6)
+    for kind in kinds:
+        dataset = PretrainDataset(open_source(kind), CROPS, seed=3)
+        for counter, index in enumerate(of_folder.indices.tolist()):
+            sample = dataset[index, counter]
+            assert torch.equal(sample.global_crops, of_folder.global_crops[counter::6])
+            assert torch.equal(sample.local_crops, of_folder.local_crops[counter::6])
+
+
+def test_shards_of_all_kinds_give_one_sequence_of_batches(kinds):
+    sequences = [batches(kind, 4, shuffle_buffer=4) for kind in kinds]
+    sequences.append(batches(kinds[0], 4, shuffle_buffer=4, num_workers=2))
+    sequences.append(batches(kinds[2], 4, shuffle_buffer=4, num_workers=1))
+    sequences.append(batches(kinds[1], 4, shuffle_buffer=4, num_workers=2))
+    sequences.append(batches(kinds[0], 1, shuffle_buffer=4) + batches(kinds[0], 3, shuffle_buffer=4, start_step=1))
+    for other in sequences[1:]:
+        for a, b in zip(sequences[0], other, strict=True):
+            assert_same(a, b)
+    assert not torch.equal(sequences[0][0].indices, batches(kinds[0], 1, shuffle_buffer=4, seed=4)[0].indices)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_together_give_the_batch_of_one(processes, folder, kinds):
+    for place in (folder, kinds[0]):
+        whole = batches(place, 3)
+        parts = [batches(place, 3, shard=(r, processes), num_workers=r % 2) for r in range(processes)]
+        for step, batch in enumerate(whole):
+            for name, crops in (("global_crops", 2), ("local_crops", 3)):
+                shape = (crops, 4 // processes, *getattr(batch, name).shape[1:])
+                joined = torch.cat([getattr(p[step], name).view(shape) for p in parts], dim=1)
+                assert torch.equal(joined.flatten(0, 1), getattr(batch, name))
+            assert torch.equal(torch.cat([p[step].indices for p in parts]), batch.indices)
+
+
+def test_files_and_shards_that_vanish_are_replaced_and_reported(folder, kinds):
+    source = open_source(folder)
+    (folder / "1.png").unlink()
+    seen = list(make_loader(source, CROPS, batch_size=6, seed=3, num_steps=2))
+    assert all("1.png" in b.errors[0][0] and 1 not in b.indices for b in seen)
+    shards = open_source(kinds[0])
+    os.unlink(shards.paths[1])
+    for batch in make_loader(shards, CROPS, batch_size=6, seed=3, num_steps=2):
+        assert set(batch.indices.tolist()) <= {0, 1, 2}
+        assert sum(f"1.tar/{i}.png" in path for path, _ in batch.errors for i in (3, 4, 5)) >= 3
+    remote = open_source(kinds[2])
+    fsspec.filesystem("memory").rm("/kinds/0.tar")
+    (batch,) = make_loader(remote, CROPS, batch_size=6, seed=3, num_steps=1)
+    assert set(batch.indices.tolist()) <= {3, 4, 5}
+    fsspec.filesystem("memory").touch("/kinds/0.tar")
+
+
+def test_a_worker_that_is_killed_ends_in_one_paragraph(folder):
+    loader = make_loader(open_source(folder), CROPS, batch_size=4, num_workers=1)
+    next(loader)
+    (worker,) = torch.multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+
+    @worker_deaths_explained()
+    def go_on():
+        for _ in range(100):
+            next(loader)
+            time.sleep(0.05)
+
+    with pytest.raises(
+        DataError, match=rf"\(pid {worker.pid}\) died \((Killed|exited)\).*lower --num-workers"
+    ) as caught:
+        go_on()
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_deaths_and_other_errors():
+    text = (
+        "DataLoader worker (pid 77) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
+    )
+    assert "shared memory in /dev/shm is full" in explain_death(text)
+    assert "pid 5) died (exited)" in explain_death("DataLoader worker (pid(s) 5) exited unexpectedly")
+    with pytest.raises(RuntimeError, match="^another"), worker_deaths_explained():
+        raise RuntimeError("another")
+
+
+# --- many channels and 16 bits -------------------------------------------------------------------------------------
+
+
+def many_channels(folder, dtype, channels=5):
+    rng = np.random.default_rng(0)
+    top = np.iinfo(dtype).max
+    for i in range(4):
+        small = rng.integers(0, top, (4, 5, channels)).astype(np.float32)
+        smooth = torch.nn.functional.interpolate(
+            torch.from_numpy(small).permute(2, 0, 1)[None], (30 + i, 40), mode="bilinear"
+        )[0]
+        np.save(folder / f"{i}.npy", smooth.permute(1, 2, 0).numpy().astype(dtype))
+    return CROPS.model_copy(update={"mean": (0.5,) * channels, "std": (0.2,) * channels})
+
+
+def test_sixteen_bits_make_the_crops_of_eight_bits_without_rounding(tmp_path):
+    crops = many_channels(tmp_path, np.uint8)
+    eight = batches(tmp_path, 2, crops=crops, channels=5)
+    for path in tmp_path.iterdir():
+        np.save(path, np.load(path).astype(np.uint16) * 257)
+    sixteen = batches(tmp_path, 2, crops=crops, channels=5)
+    for a, b in zip(eight, sixteen, strict=True):
+        assert (a.global_crops.dtype, b.global_crops.dtype) == (torch.uint8, torch.float32)
+        assert (a.global_crops - b.global_crops).abs().max() <= 1.1
+        assert (a.local_crops - b.local_crops).abs().max() <= 1.1
+        assert b.global_crops.min() >= 0
+        assert b.global_crops.max() <= 255
+        x = apply_photometric(a.global_crops, a.global_params, crops)
+        y = apply_photometric(b.global_crops.clone(), b.global_params, crops)
+        assert (x - y).abs().quantile(0.99) < 0.1
+
+
+def test_values_that_eight_bits_do_not_hold_reach_the_batch(tmp_path):
+    for i in range(2):
+        np.save(tmp_path / f"{i}.npy", np.full((20, 20, 2), 1000 + i, np.uint16))
+    crops = CROPS.model_copy(update={"mean": (0.5, 0.5), "std": (0.2, 0.2)})
+    (batch,) = batches(tmp_path, 1, crops=crops, channels=2, batch_size=2)
+    wanted = [1000 / 257] * 2 + [1001 / 257] * 2
+    assert sorted(batch.global_crops.mean((1, 2, 3)).tolist()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_batch_of_eight_and_sixteen_bits_is_floats(tmp_path):
+    np.save(tmp_path / "0.npy", np.full((20, 20), 7, np.uint8))
+    np.save(tmp_path / "1.npy", np.full((20, 20), 7 * 257, np.uint16))
+    crops = CROPS.model_copy(update={"mean": (0.5,), "std": (0.2,)})
+    (batch,) = batches(tmp_path, 1, crops=crops, channels=1, batch_size=2)
+    assert batch.global_crops.dtype == batch.local_crops.dtype == torch.float32
+    assert (batch.global_crops - 7).abs().max() < 1e-4
+
+
+def test_an_image_of_other_channels_is_replaced_and_both_numbers_are_told(tmp_path):
+    crops = many_channels(tmp_path, np.uint8)
+    np.save(tmp_path / "2.npy", np.zeros((20, 20, 4), np.uint8))
+    (batch,) = batches(tmp_path, 1, crops=crops, channels=5)
+    ((path, reason), *_) = batch.errors
+    assert path.endswith("2.npy")
+    assert "4 channels; the model takes 5" in reason

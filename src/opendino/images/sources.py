@@ -1,18 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where images are: a folder, class folders, a file list, a CSV, or one file."""
+"""Where images are: a folder, class folders, a list, a table, tar shards or Parquet, on a disk or behind a URL.
+
+A source is indexed once when it is opened; then image i can be read at any time, by any process.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass, field
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
 
 from opendino.errors import DataError
+from opendino.images import locations
+from opendino.images.packed import PackedText
+
+log = logging.getLogger("opendino")
 
 EXTENSIONS = frozenset(
     [".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"]
 )  # fmt: skip
+ARRAYS = frozenset([".npy"])
+"""Taken from a folder that has no other images, because arrays beside images are mostly something else."""
+Labels = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -23,65 +40,214 @@ class ImageItem:
     label: str | None = None
 
 
-@dataclass(frozen=True)
-class ImageSource:
-    """A fixed, sorted list of images.
+class ImageSource(ABC):
+    """A fixed, ordered list of images.
 
     Attributes:
         root: what was opened.
-        items: the images.
         classes: sorted class names; empty without labels.
+        groups: sizes of the runs of neighbouring images that are cheap to read together, for sources whose order should
+            keep to them; None where any order is as good.
+        max_window: images that an order may mix at a time, so that what a worker keeps decoded suffices; None: any.
+        remote: reading an image waits for a network.
     """
 
     root: str
-    items: list[ImageItem]
-    classes: list[str] = field(default_factory=list)
+    classes: list[str]
+    groups: npt.NDArray[np.int64] | None = None
+    max_window: int | None = None
+    remote: bool = False
 
-    def __len__(self) -> int:
-        return len(self.items)
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Give the path of an image; inside a shard it is the shard's path, "/" and the name there."""
+
+    @abstractmethod
+    def read(self, index: int) -> str | bytes:
+        """Give what `read_image` takes: a path, or the bytes of the file.
+
+        Raises:
+            DataError, OSError: when it is not there any more.
+        """
+
+    @abstractmethod
+    def label_ids(self) -> Labels:
+        """Give (n,) int32, the index in `classes` of each image, -1 without label."""
+
+    @abstractmethod
+    def short_name(self, index: int) -> str:
+        """Give the name of an image that does not say where the data lie."""
+
+    @abstractmethod
+    def names_hash(self) -> str:
+        """Give a hash of the names of all images in their order, the same wherever the data lie."""
+
+    @property
+    def items(self) -> Sequence[ImageItem]:
+        """The images as (path, label); made when asked for, so that a long list costs nothing."""
+        return _Items(self)
 
     @property
     def labels(self) -> list[int]:
         """Index in `classes` of each image, -1 without label."""
-        number = {name: i for i, name in enumerate(self.classes)}
-        return [-1 if item.label is None else number[item.label] for item in self.items]
+        return [int(i) for i in self.label_ids()]
+
+
+class _Items(Sequence[ImageItem]):
+    def __init__(self, source: ImageSource) -> None:
+        self._source, self._labels = source, source.label_ids()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageItem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageItem]: ...
+    def __getitem__(self, index: int | slice) -> ImageItem | list[ImageItem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        label = int(self._labels[index])
+        return ImageItem(self._source.name(index), None if label < 0 else self._source.classes[label])
+
+
+class FileSource(ImageSource):
+    """One file per image.
+
+    Args:
+        root: what was opened.
+        base: folder that relative paths count from, or URL of one.
+        paths: of the images.
+        labels: class names, one per path.
+    """
+
+    def __init__(self, root: str, base: str, paths: Iterable[str], labels: Sequence[str | None]) -> None:
+        self.root, self._base, self._paths = root, base, PackedText.of(paths)
+        self.classes, self._labels = number_classes(labels)
+        self.remote = locations.is_url(base)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        """Give the path of an image."""
+        return locations.beside(self._base, self._paths[index])
+
+    def read(self, index: int) -> str | bytes:
+        """Give the path of a local image, the bytes of a remote one."""
+        name = self.name(index)
+        return locations.read_whole(name) if locations.is_url(name) else name
+
+    def label_ids(self) -> Labels:
+        """Give (n,) int32, the index in `classes` of each image, -1 without label."""
+        return self._labels
+
+    def short_name(self, index: int) -> str:
+        """Give the path below the folder, or as the list has it."""
+        return self._paths[index]
+
+    def names_hash(self) -> str:
+        """Give a hash of the paths below the folder, or as the list has them."""
+        return self._paths.hash()
+
+
+def number_classes(labels: Sequence[str | None]) -> tuple[list[str], Labels]:
+    """Sort class names and give each image's place among them, -1 for None."""
+    classes = sorted({label for label in labels if label is not None})
+    number: dict[str | None, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
+    return classes, np.fromiter((number[label] for label in labels), np.int32, len(labels))
 
 
 def open_source(path: str | Path) -> ImageSource:
-    """List the images of a folder (recursive), class folders, .txt list, .csv with a `path` column, or one file.
+    """Open a folder, a list, a table, tar shards, Parquet files or one image.
 
-    A folder is read as class folders when all its images lie in sub-folders; the first folder below it is the class.
+    A folder (recursive) holds images, or tar shards, or Parquet files. It is read as class folders when all its images
+    lie in sub-folders; the first folder below it is the class. `.npy` arrays are taken from a folder without other
+    images. A .txt list names images or tar shards, a .csv has a `path` column. Shards and Parquet files may be several:
+    a pattern with *, ? or {000000..000012}. URLs that fsspec knows (s3://, gs://, https://, …) work everywhere.
     Relative paths in lists count from the list's own folder. Hidden files are skipped.
 
     Raises:
         DataError: when there is nothing there, or no image in it.
+        MissingExtraError: for a URL without fsspec.
     """
-    path = Path(path)
-    if path.is_dir():
-        items = _folder(path)
-    elif not path.is_file():
-        raise DataError(f"{path} does not exist. Give a folder of images, a .txt list, a .csv or an image file.")
-    elif path.suffix.lower() == ".txt":
-        lines = (line.strip() for line in _text(path).splitlines())
-        items = [ImageItem(_beside(path, line)) for line in lines if line]
-    elif path.suffix.lower() == ".csv":
-        items = _table(path)
-    else:
-        items = [ImageItem(str(path))]
-    if not items:
-        raise DataError(f"{path} holds no images. Looked for {', '.join(sorted(EXTENSIONS))}.")
-    return ImageSource(str(path), items, sorted({i.label for i in items if i.label is not None}))
+    place = locations.as_location(path)
+    if locations.is_pattern(place):
+        return _shards(place, locations.expand(place))
+    if locations.is_folder(place):
+        return _folder(place)
+    suffix = locations.suffix(place)
+    if not locations.is_file(place):
+        raise DataError(
+            f"{path} does not exist. Give a folder of images, a .txt list, a .csv, .tar or .parquet files, or an image "
+            "file."
+        )
+    if suffix == ".txt":
+        lines = [line for line in map(str.strip, _text(place).splitlines()) if line]
+        base = locations.parent(place)
+        if lines and all(locations.is_tar(line) for line in lines):
+            return _shards(place, [locations.beside(base, line) for line in lines])
+        return _checked(FileSource(place, base, lines, [None] * len(lines)))
+    if suffix == ".csv":
+        return _table(place)
+    if locations.is_tar(place) or suffix == ".parquet":
+        return _shards(place, [place])
+    return FileSource(place, "", [place], [None])
 
 
-def _folder(root: Path) -> list[ImageItem]:
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    inside = [(p, p.relative_to(root).parts) for p in found]
-    inside = [(p, parts) for p, parts in inside if not any(x.startswith(".") for x in parts)]
-    labelled = bool(inside) and all(len(parts) > 1 for _, parts in inside)
-    return [ImageItem(str(p), parts[0] if labelled else None) for p, parts in inside]
+def _checked(source: FileSource) -> FileSource:
+    if not len(source):
+        raise DataError(f"{source.root} holds no images. Looked for {', '.join(sorted(EXTENSIONS))}.")
+    return source
 
 
-def _table(path: Path) -> list[ImageItem]:
+def _shards(root: str, paths: list[str]) -> ImageSource:
+    from opendino.images.parquet import ParquetSource
+    from opendino.images.shards import TarSource
+
+    if not paths:
+        raise DataError(f"{root} matches no file. Give a pattern of .tar or .parquet files, such as shard-*.tar.")
+    if all(locations.suffix(p) == ".parquet" for p in paths):
+        return ParquetSource(root, paths)
+    if all(locations.is_tar(p) for p in paths):
+        return TarSource(root, paths)
+    if not any(locations.is_tar(p) or locations.suffix(p) == ".parquet" for p in paths):
+        images = [p for p in paths if locations.suffix(p) in EXTENSIONS | ARRAYS]
+        return _checked(FileSource(root, "", images, [None] * len(images)))
+    raise DataError(f"{root} matches files of several kinds, such as {paths[0]} and {paths[-1]}. Name one kind.")
+
+
+def _folder(root: str) -> ImageSource:
+    found = sorted(locations.walk(root), key=lambda name: name.split("/"))
+    kinds: dict[str, list[str]] = {"images": [], "arrays": [], "tar": [], "parquet": []}
+    for name in found:
+        suffix = locations.suffix(name)
+        if suffix in EXTENSIONS:
+            kinds["images"].append(name)
+        elif suffix in ARRAYS:
+            kinds["arrays"].append(name)
+        elif locations.is_tar(name):
+            kinds["tar"].append(name)
+        elif suffix == ".parquet":
+            kinds["parquet"].append(name)
+    taken = next((kind for kind, names in kinds.items() if names), "images")
+    for kind, names in kinds.items():
+        if names and kind != taken:
+            log.warning("%s is read as a folder of %s; its %d .%s files are left out.", root, taken, len(names),
+                        kind.replace("arrays", "npy"))  # fmt: skip
+    names = kinds[taken]
+    if taken in ("tar", "parquet"):
+        return _shards(root, [locations.beside(root, n) for n in names])
+    parts = [n.split("/", 1) for n in names]
+    labelled = bool(parts) and all(len(p) > 1 for p in parts)
+    return _checked(FileSource(root, root, names, [p[0] if labelled else None for p in parts]))
+
+
+def _table(path: str) -> ImageSource:
     text = _text(path)
     header = text.split("\n", 1)[0]
     separator = max(",;\t", key=header.count)
@@ -94,15 +260,12 @@ def _table(path: Path) -> list[ImageItem]:
         raise DataError(
             f"{path} has no path in line {empty[0]} ({len(empty)} such lines). Fill them in or remove them."
         )
-    return [ImageItem(_beside(path, row["path"]), row.get("label") or None) for row in rows]
+    labels = [row.get("label") or None for row in rows]
+    return FileSource(path, locations.parent(path), [row["path"] for row in rows], labels)
 
 
-def _text(path: Path) -> str:
+def _text(path: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return locations.read_whole(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
-
-
-def _beside(list_file: Path, entry: str) -> str:
-    return str(list_file.parent / entry)

@@ -2,28 +2,39 @@
 """Batches of multi-crops for pre-training, the same for any number of workers and after any resume.
 
 Sample i of step t has the counter t · batch + i. Which image it is, its crops and its colours follow from (seed,
-counter) alone. An unreadable image is replaced by another one, drawn from the same pair, and reported.
+counter) alone, also when several processes share the batch. An unreadable image is replaced by another one, drawn from
+the same pair, and reported. So the state of a loader is the number of the next step, and nothing else.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from opendino.errors import DataError
-from opendino.images.decode import decode_image
+from opendino.errors import ConfigError, DataError, MissingExtraError
+from opendino.images.arrays import read_image
 from opendino.images.sources import ImageSource
-from opendino.pretrain.crops import ORDER_STREAM, RETRY_STREAM, CropsConfig, by_pixel, multi_crop, sample_rng
+from opendino.pretrain.crops import RETRY_STREAM, CropsConfig, by_pixel, multi_crop, sample_rng
+from opendino.pretrain.float_crops import multi_crop_float
+from opendino.pretrain.order import FullShuffle, Order, choose_order
 from opendino.pretrain.photometric import PhotometricParams, check_channels, draw_global_and_local
 
 MAX_TRIES = 64
 """Images tried for one sample before the data set counts as unreadable."""
 PREFETCH = 2
+REMOTE_READS = 16
+"""Images that one worker fetches from a network at a time."""
+DEATH_NOTICE_S = 2.0
+"""How long the news of a worker's death may take."""
+SHUFFLE_BUFFER = 8192
+"""Images that are shuffled together where neighbours are read together."""
 Request = tuple[int, int]
 """(image index, sample counter)."""
 ImageError = tuple[str, str]
@@ -35,8 +46,8 @@ class Sample:
     """Crops of one image with their colour parameters.
 
     Attributes:
-        global_crops: uint8 (2, C, g, g).
-        local_crops: uint8 (L, C, l, l), or None without local crops.
+        global_crops: (2, C, g, g), uint8, or float32 in 0–255 from 16-bit files.
+        local_crops: (L, C, l, l) of the same type, or None without local crops.
         global_params: colours of the global crops.
         local_params: colours of the local crops, or None.
         index: the image that the crops are of.
@@ -56,8 +67,8 @@ class Batch:
     """Crops of B images; crop-major, so that the first crops of all images come first.
 
     Attributes:
-        global_crops: uint8 (2·B, C, g, g).
-        local_crops: uint8 (L·B, C, l, l), or None without local crops.
+        global_crops: (2·B, C, g, g), uint8, or float32 in 0–255 when an image is of 16 bits.
+        local_crops: (L·B, C, l, l) of the same type, or None without local crops.
         global_params: colours of the global crops, for `apply_photometric`.
         local_params: colours of the local crops, or None.
         indices: (B,) int64, the image of each sample.
@@ -96,46 +107,72 @@ class PretrainDataset(Dataset[Sample]):
         self, source: ImageSource, crops: CropsConfig, *, seed: int = 0, cache: bool = False, channels: int = 3
     ) -> None:
         check_channels(crops, channels)
-        self.paths = _Paths([str(item.path) for item in source.items])
-        if not len(self.paths):
+        if not len(source):
             raise DataError("The data holds no image. Give a folder, list or CSV with at least one image.")
-        self.crops, self.seed, self.channels = crops, seed, channels
+        self.source, self.crops, self.seed, self.channels = source, crops, seed, channels
         self._cache: dict[int, Tensor] | None = {} if cache else None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
     def __getitem__(self, request: Request) -> Sample:
         """Cut the crops of sample `counter` from image `index`, or from a replacement when it cannot be read.
 
         Raises:
-            DataError: when 64 images one after the other cannot be read.
+            DataError: when 64 images one after the other cannot be read, or an optional package is missing for one.
         """
+        return self._sample(request, {})
+
+    def __getitems__(self, requests: list[Request]) -> list[Sample]:
+        """Cut the crops of several samples; asked for a batch at a time, a network is waited for once."""
+        fetched: dict[int, str | bytes | Exception] = {}
+        if self.source.remote:
+            wanted = [i for i in dict.fromkeys(i for i, _ in requests) if self._cache is None or i not in self._cache]
+            with ThreadPoolExecutor(REMOTE_READS) as pool:
+                fetched = dict(zip(wanted, pool.map(self._fetch, wanted), strict=True))
+        return [self._sample(request, fetched) for request in requests]
+
+    def _sample(self, request: Request, fetched: dict[int, str | bytes | Exception]) -> Sample:
         index, counter = request
-        index, image, errors = self._read(index, counter)
+        index, image, errors = self._read(index, counter, fetched)
         rng = sample_rng(self.seed, counter)
         global_params, local_params = draw_global_and_local(self.crops, rng)
-        global_crops, local_crops = multi_crop(image, self.crops, rng)
+        cut = multi_crop if image.dtype == torch.uint8 else multi_crop_float
+        global_crops, local_crops = cut(image, self.crops, rng)
         return Sample(global_crops, local_crops, global_params, local_params, index, errors)
 
-    def _read(self, index: int, counter: int) -> tuple[int, Tensor, tuple[ImageError, ...]]:
+    def _fetch(self, index: int) -> str | bytes | Exception:
+        try:
+            return self.source.read(index)
+        except (DataError, OSError) as error:
+            return error
+
+    def _read(
+        self, index: int, counter: int, fetched: dict[int, str | bytes | Exception]
+    ) -> tuple[int, Tensor, tuple[ImageError, ...]]:
         errors: list[ImageError] = []
         retries = sample_rng(self.seed, counter, RETRY_STREAM)
         for _ in range(MAX_TRIES):
             try:
-                return index, self._decode(index), tuple(errors)
+                return index, self._decode(index, fetched), tuple(errors)
+            except MissingExtraError as error:  # every image of its kind would fail
+                raise DataError(str(error)) from error
             except (DataError, OSError) as error:
-                errors.append((self.paths[index], str(error)))
+                errors.append((self.source.name(index), str(error)))
             index = int(retries.integers(len(self)))
         raise DataError(
             f"{MAX_TRIES} images drawn one after the other could not be read, the last one being {errors[-1][0]} "
             f"({errors[-1][1]}). Give a folder whose images are readable."
         )
 
-    def _decode(self, index: int) -> Tensor:
+    def _decode(self, index: int, fetched: dict[int, str | bytes | Exception]) -> Tensor:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        image = by_pixel(decode_image(self.paths[index], channels=self.channels))
+        data = fetched[index] if index in fetched else self.source.read(index)
+        if isinstance(data, Exception):
+            raise data
+        name = "" if isinstance(data, str) else self.source.name(index)
+        image = by_pixel(read_image(data, channels=self.channels, name=name))
         if self._cache is not None:
             self._cache[index] = image
         return image
@@ -149,25 +186,45 @@ class StepSampler(Sampler[list[Request]]):
 
     Args:
         num_images: size of the data set.
-        batch_size: images per step, at most `num_images`.
+        batch_size: images per step over all processes, at most `num_images`.
         seed: of the run.
         start_step: the first step to yield.
         num_steps: how many to yield; None goes on for ever.
+        order: of the images in each epoch; default: a full shuffle.
+        shard: (r, n): this is process r of n, which takes the r-th n-th of each batch. The counters stay those of the
+            whole batch, so what a sample becomes does not depend on n.
 
     Raises:
         DataError: when there are fewer images than one batch needs.
+        ConfigError: when the batch does not divide by the number of processes.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, start_step: int = 0, num_steps: int | None = None
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        num_steps: int | None = None,
+        *,
+        order: Order | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         if num_images < batch_size:
             raise DataError(
                 f"There are {num_images} images and a batch is {batch_size}. Add images or lower the batch."
             )
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        rank, processes = shard
+        assert 0 <= rank < processes
+        if batch_size % processes:
+            raise ConfigError(
+                f"A batch of {batch_size} images cannot be shared evenly by {processes} processes. Give a batch size "
+                f"that is a multiple of {processes}."
+            )
+        self.num_images, self.batch_size = num_images, batch_size
         self.start_step, self.num_steps = start_step, num_steps
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self.order = order or FullShuffle(num_images, seed)
+        self._first, self._count = rank * (batch_size // processes), batch_size // processes
 
     def __iter__(self) -> Iterator[list[Request]]:
         step = self.start_step
@@ -176,17 +233,17 @@ class StepSampler(Sampler[list[Request]]):
             step += 1
 
     def at(self, step: int) -> list[Request]:
-        """Give the (index, counter) pairs of one step."""
+        """Give the (index, counter) pairs of one step for this process."""
         epoch, place = divmod(step, self.num_images // self.batch_size)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = sample_rng(self.seed, epoch, ORDER_STREAM).permutation(self.num_images)
-        indices = self._order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
-        return [(index, step * self.batch_size + i) for i, index in enumerate(indices)]
+        first = place * self.batch_size + self._first
+        indices = self.order.at(epoch, first, first + self._count).tolist()
+        return [(index, step * self.batch_size + self._first + i) for i, index in enumerate(indices)]
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Put B samples together, crop-major."""
+    """Put B samples together, crop-major; 8-bit ones become floats when a 16-bit one is among them."""
+    if len({s.global_crops.dtype for s in samples}) > 1:
+        samples = [_as_floats(s) for s in samples]
     local_crops = [s.local_crops for s in samples if s.local_crops is not None]
     local_params = [s.local_params for s in samples if s.local_params is not None]
     return Batch(
@@ -197,6 +254,11 @@ def collate(samples: list[Sample]) -> Batch:
         indices=torch.tensor([s.index for s in samples]),
         errors=tuple(error for s in samples for error in s.errors),
     )
+
+
+def _as_floats(sample: Sample) -> Sample:
+    local = None if sample.local_crops is None else sample.local_crops.float()
+    return replace(sample, global_crops=sample.global_crops.float(), local_crops=local)
 
 
 def make_loader(
@@ -210,28 +272,34 @@ def make_loader(
     num_workers: int = 0,
     cache: bool = False,
     channels: int = 3,
+    shard: tuple[int, int] = (0, 1),
+    shuffle_buffer: int = SHUFFLE_BUFFER,
 ) -> Iterator[Batch]:
     """Give the batches of the steps from `start_step` on.
 
     Args:
         source: where the images are.
         crops: the augmentation.
-        batch_size: images per step.
+        batch_size: images per step over all processes.
         seed: of the run.
         start_step: the first step.
         num_steps: how many steps; None goes on for ever.
         num_workers: processes that decode and crop; 0 does so in this one. The batches do not depend on it.
         cache: keep decoded images in memory, in each worker; for small sets.
         channels: colour channels of the images.
+        shard: (r, n): this is process r of n, which gets batch_size / n images of each step.
+        shuffle_buffer: images that are shuffled together, for tar shards and Parquet; Parquet takes fewer where so many
+            would not fit into what a worker keeps decoded.
 
     Raises:
-        DataError: when there are too few images, or too many in a row cannot be read.
-        ConfigError: when `crops.mean` is for another number of channels.
+        DataError: when there are too few images, too many in a row cannot be read, or a worker process died.
+        ConfigError: when `crops.mean` is for another number of channels, or the batch cannot be shared evenly.
     """
     dataset = PretrainDataset(source, crops, seed=seed, cache=cache, channels=channels)
+    order = choose_order(source, seed, shuffle_buffer)
     loader: DataLoader[Sample] = DataLoader(
         dataset,
-        batch_sampler=StepSampler(len(dataset), batch_size, seed, start_step, num_steps),
+        batch_sampler=StepSampler(len(dataset), batch_size, seed, start_step, num_steps, order=order, shard=shard),
         num_workers=num_workers,
         collate_fn=collate,
         prefetch_factor=PREFETCH if num_workers else None,
@@ -242,22 +310,42 @@ def make_loader(
 
 def _batches(loader: DataLoader[Sample]) -> Iterator[Batch]:
     try:
-        yield from loader
+        with worker_deaths_explained():
+            yield from loader
     except DataError as error:  # of a worker: its message carries a traceback that says nothing to users
         raise DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1]) from None
 
 
-class _Paths:
-    """A list of paths in two arrays: worker processes share it without copying, however long it is."""
+@contextmanager
+def worker_deaths_explained() -> Iterator[None]:
+    """Turn torch's error about a worker process that died into a DataError.
 
-    def __init__(self, paths: list[str]) -> None:
-        encoded = [p.encode("utf-8", "surrogateescape") for p in paths]
-        self._text = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends = np.cumsum([0] + [len(p) for p in encoded])
+    torch may raise it anywhere in the main thread, not only where a batch is asked for; wrap the whole loop.
+    """
+    try:
+        try:
+            yield
+        except (ConnectionError, EOFError, FileNotFoundError):
+            # A worker that dies cuts its connection first; torch hears of its death a moment later, and raises.
+            time.sleep(DEATH_NOTICE_S)
+            raise
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(explain_death(str(error))) from None
 
-    def __len__(self) -> int:
-        return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> str:
-        part = self._text[self._ends[index] : self._ends[index + 1]]
-        return part.tobytes().decode("utf-8", "surrogateescape")
+def explain_death(message: str) -> str:
+    """Say what torch's message about a dead worker means, and what to do."""
+    number = next((word.strip("().,") for word in message.split() if word.strip("().,").isdigit()), "?")
+    if "Bus error" in message:
+        return (
+            f"A process that reads images (pid {number}) was ended because the shared memory in /dev/shm is full. Give "
+            "the machine or container more of it (docker run --shm-size 8g), or lower --num-workers or --batch-size."
+        )
+    how = message.split("killed by signal: ", 1)[1].split(".")[0] if "killed by signal: " in message else "exited"
+    return (
+        f"A process that reads images (pid {number}) died ({how}). Mostly this is the system ending the largest "
+        "process when memory runs out: lower --num-workers, do without --cache-images, or take more memory; the "
+        "system's log (dmesg) tells. The run can be resumed."
+    )
