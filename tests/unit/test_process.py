@@ -46,7 +46,13 @@ def test_a_slurm_step_gives_rank_host_and_a_port_of_the_job():
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("gpu07", "gpu07"), ("gpu[07-09,12]", "gpu07"), ("a1,b2", "a1"), ("n-3[1,5]", "n-31"), ("r2n[003-004],x", "r2n003")],
+    [
+        ("gpu07", "gpu07"),
+        ("gpu[07-09,12]", "gpu07"),
+        ("a1,b2", "a1"),
+        ("n-3[1,5]", "n-31"),
+        ("r2n[003-004],x", "r2n003"),
+    ],
 )
 def test_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host

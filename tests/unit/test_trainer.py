@@ -211,3 +211,17 @@ def test_a_request_to_stop_saves_and_says_where(images, tmp_path):
     again = trainer(images, tmp_path / "run")
     assert again.step == 3
     assert again.train()["step"] == 6
+
+
+def test_a_list_of_images_that_changed_is_not_continued_unseen(images, tmp_path):
+    trainer(images, tmp_path / "run", "{checkpoint_every: 3}").train()
+    (images / "3.jpg").unlink()
+    with pytest.raises(ConfigError, match=r"8 images and has 7, 1 fewer.*--data-may-change"):
+        trainer(images, tmp_path / "run")
+    assert trainer(images, tmp_path / "run", "data_may_change: true").step == 6
+
+
+def test_the_same_images_in_another_place_are_the_same(images, tmp_path):
+    trainer(images, tmp_path / "run").train()
+    moved = images.rename(tmp_path / "elsewhere")
+    assert trainer(moved, tmp_path / "run").step == 6

@@ -24,6 +24,8 @@ class Args:
     """local processes to continue with; need not be as many as before"""
     data: str | None = None
     """where the images are now, if they were moved"""
+    data_may_change: bool = False
+    """go on although the list of images has changed"""
     device: str | None = None
     """another device than before"""
     num_workers: int | None = None
@@ -42,6 +44,8 @@ def main(argv: list[str]) -> int:
     code = start_processes("resume", argv, args.nproc)
     if code is None:
         moved = {"data": args.data, "device": args.device, "num_workers": args.num_workers, "out": str(args.run)}
-        changes = {name: value for name, value in moved.items() if value is not None}
+        changes: dict[str, object] = {name: value for name, value in moved.items() if value is not None}
+        if args.data_may_change:
+            changes["data_may_change"] = True
         run(parse_config(path.read_text(), str(path)).model_copy(update=changes))
     return code or 0

@@ -111,7 +111,8 @@ class PretrainConfig(Settings):
     """Everything that defines a pre-training run; written resolved to RUN/config.yaml."""
 
     recipe: str = "vits14"
-    data: str = Field("", description="folder, file list or CSV of images; labels are not used")
+    data: str = Field("", description="images: folder, list, CSV, tar shards, Parquet, or a URL; labels are not used")
+    data_may_change: bool = Field(False, description="continue a run although its list of images has changed")
     out: str = Field("", description="run folder")
     probe: str | None = Field(
         None, description="folder with train/ and test/ class folders for a k-NN score on the way"
@@ -127,6 +128,7 @@ class PretrainConfig(Settings):
     )
     activation_checkpointing: bool = Field(False, description="recompute the student's blocks; less memory, slower")
     num_workers: int = Field(2, ge=0)
+    shuffle_buffer: int = Field(8192, ge=1, description="images shuffled together in tar shards and Parquet")
     cache_images: bool = Field(False, description="keep decoded images in memory; for small sets")
     log_every: int = Field(10, ge=1, description="steps between health figures")
     checkpoint_every: int = Field(1000, ge=1)
@@ -153,7 +155,7 @@ class PretrainConfig(Settings):
 
 MAY_CHANGE = frozenset(
     [
-        "data", "out", "probe", "device", "sharding", "activation_checkpointing", "num_workers", "cache_images",
+        "data", "data_may_change", "out", "probe", "device", "sharding", "activation_checkpointing", "num_workers", "cache_images",
         "log_every", "checkpoint_every", "keep_checkpoints", "milestone_every", "async_checkpoints", "probe_every",
         "max_bad_steps", "max_rollbacks", "max_errors",
     ]

@@ -8,6 +8,7 @@ the same pair, and reported. So the state of a loader is the number of the next 
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ from opendino.pretrain.photometric import PhotometricParams, check_channels, dra
 MAX_TRIES = 64
 """Images tried for one sample before the data set counts as unreadable."""
 PREFETCH = 2
+TERM_GRACE_S = 10
+"""How long a worker lives after SIGTERM, so that the trainer can finish its step and save."""
 REMOTE_READS = 16
 """Images that one worker fetches from a network at a time."""
 DEATH_NOTICE_S = 2.0
@@ -303,6 +306,7 @@ def make_loader(
         num_workers=num_workers,
         collate_fn=collate,
         prefetch_factor=PREFETCH if num_workers else None,
+        worker_init_fn=_leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),
     )
     return _batches(loader)
@@ -314,6 +318,17 @@ def _batches(loader: DataLoader[Sample]) -> Iterator[Batch]:
             yield from loader
     except DataError as error:  # of a worker: its message carries a traceback that says nothing to users
         raise DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1]) from None
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A Ctrl-C or a batch system's warning goes to every process; the trainer still needs a worker's batches then.
+
+    torch itself ends workers that hang by SIGTERM, so this one is only put off.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(TERM_GRACE_S))
 
 
 @contextmanager

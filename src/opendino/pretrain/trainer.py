@@ -21,12 +21,13 @@ from opendino.distributed.collectives import all_sum, barrier, is_main, rank, wo
 from opendino.distributed.process import join, local_device
 from opendino.distributed.sharding import local, reduce_gradients, whole
 from opendino.errors import ConfigError, DataError
+from opendino.images.fingerprint import explain_change, fingerprint
 from opendino.images.sources import open_source
 from opendino.models.config import PreprocessSpec
 from opendino.models.vit import VisionTransformer
 from opendino.pretrain.checkpoint import Checkpointer
 from opendino.pretrain.config import PretrainConfig
-from opendino.pretrain.data import Batch, make_loader
+from opendino.pretrain.data import Batch, make_loader, worker_deaths_explained
 from opendino.pretrain.depth import DepthDraws
 from opendino.pretrain.device import LossScale, choose_precision
 from opendino.pretrain.health import health
@@ -115,7 +116,7 @@ class Trainer:
         record: Record = {}
         if self.step == 0:
             self._probe_start()
-        with StopRequest() as stop:
+        with StopRequest() as stop, worker_deaths_explained():
             batches = self._batches()
             while self.step < self.config.steps:
                 started = time.perf_counter()
@@ -295,6 +296,7 @@ class Trainer:
                 cache=c.cache_images,
                 channels=c.model.in_chans,
                 shard=(rank(), world_size()),
+                shuffle_buffer=c.shuffle_buffer,
             )
         )
 
@@ -341,6 +343,7 @@ class Trainer:
             "counters": [self.bad_steps, self.image_errors, self.rollbacks],
             "lr_factor": self.lr_factor,
             "loss_scale": self.loss_scale.state(),
+            "data": fingerprint(self.source),
         }
         self.checkpointer.save(self.step, self._tensors(), extras)
         teacher = whole_teacher(self.model)
@@ -362,6 +365,9 @@ class Trainer:
         self.bad_steps, self.image_errors, self.rollbacks = extras["counters"]
         self.lr_factor = extras["lr_factor"]
         self.loss_scale.restore(extras["loss_scale"])
+        change = explain_change(extras["data"], fingerprint(self.source))
+        if change and not self.config.data_may_change:
+            raise ConfigError(f"{change} `opendino resume RUN --data-may-change` goes on all the same.")
         return True
 
     def _restore(self) -> None:
