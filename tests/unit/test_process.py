@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who a process is by its environment; starting local ones; what several say to each other is in test_collectives.py."""
+"""Who a process is by its environment; starting local ones."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def test_a_slurm_step_gives_rank_host_and_a_port_of_the_job():
         ("gpu[07-09,12]", "gpu07"),
         ("a1,b2", "a1"),
         ("n-3[1,5]", "n-31"),
-        ("r2n[003-004],x", "r2n003"),
+        ("r2[003-4],x", "r2003"),
     ],
 )
 def test_first_host_of_a_node_list(nodes, host):
@@ -122,3 +122,33 @@ def test_a_signal_to_the_launcher_reaches_every_process_once(module):
     process.terminate()
     assert process.wait(30) == 0
     assert [(folder / f"got{i}").read_text() for i in range(2)] == ["1", "1"]
+
+
+def test_processes_end_when_their_launcher_is_killed(module):
+    folder = module("""
+        from opendino.distributed.launch import end_with_launcher
+        end_with_launcher()
+        open(f"{sys.argv[1]}/{os.environ['RANK']}.part", "w").write(str(os.getpid()))
+        os.rename(f"{sys.argv[1]}/{os.environ['RANK']}.part", f"{sys.argv[1]}/{os.environ['RANK']}")
+        time.sleep(60)
+    """)
+    code = f"from opendino.distributed.launch import launch_local; exit(launch_local('job', [{str(folder)!r}], 2))"
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 30
+    while not all((folder / str(i)).exists() for i in range(2)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    pids = [int((folder / str(i)).read_text()) for i in range(2)]
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(alive, pids))
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and was not asked for its code does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -225,3 +225,11 @@ def test_the_same_images_in_another_place_are_the_same(images, tmp_path):
     trainer(images, tmp_path / "run").train()
     moved = images.rename(tmp_path / "elsewhere")
     assert trainer(moved, tmp_path / "run").step == 6
+
+
+def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path):
+    run = trainer(images, tmp_path / "run")
+    other = trainer(images, tmp_path / "run")
+    with run.folder.held(), pytest.raises(ConfigError, match="Another process is training in"):
+        other.train()
+    assert other.train()["step"] == 6

@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
 
 POLL_S = 0.1
+LAUNCHED = "OPENDINO_LAUNCHED"
+"""Set in the processes that `launch_local` starts."""
 GRACE_S = 120.0
 """How long processes may take to save and leave before they are killed."""
 
@@ -37,7 +40,8 @@ def launch_local(module: str, arguments: Sequence[str], nproc: int) -> int:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            env=shared | {"RANK": str(i), "LOCAL_RANK": str(i), LAUNCHED: "1"},
+            stdin=subprocess.PIPE,  # its end tells them that this process is gone (`end_with_launcher`)
             start_new_session=True,  # a Ctrl-C reaches them through this process alone, once
         )
         for i in range(nproc)
@@ -53,6 +57,21 @@ def launch_local(module: str, arguments: Sequence[str], nproc: int) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
         _end(processes)
+
+
+def end_with_launcher() -> None:
+    """In a process that `launch_local` started: end at once when the launcher dies, however it dies.
+
+    Left alone it would go on writing to the run folder that somebody has begun to continue.
+    """
+    if os.environ.get(LAUNCHED) == "1":
+        threading.Thread(target=_wait_for_end_of_input, name="launcher", daemon=True).start()
+
+
+def _wait_for_end_of_input() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:

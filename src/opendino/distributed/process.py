@@ -16,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from opendino.distributed.launch import end_with_launcher
+
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others. Long, because process 0 scores the probe while the others wait; a process
 that dies is noticed by the launcher at once."""
@@ -75,6 +77,7 @@ def join(device: torch.device) -> None:
     place = place_of(os.environ)
     if place.address is None or dist.is_initialized():
         return
+    end_with_launcher()
     nccl = device.type == "cuda" and dist.is_nccl_available()
     host, port = place.address
     dist.init_process_group(

@@ -6,9 +6,11 @@ Process 0 writes; every file appears whole, written aside and renamed, or grows 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from opendino.models.vit import VisionTransformer
 from opendino.models.weights import save_backbone
 from opendino.pretrain.config import MAY_CHANGE, PretrainConfig, parse_config
 
+log = logging.getLogger("opendino")
 Record = dict[str, Any]
 
 
@@ -50,6 +53,29 @@ class RunFolder:
                 )
         self.path.mkdir(parents=True, exist_ok=True)
         replace_text(path, yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False))
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder, so that a second process that trains in it is refused; the system lets go when we die.
+
+        Raises:
+            ConfigError: when another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such locks
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"Another process is training in {self.path}. Wait for it, stop it, or give another --out."
+                ) from error
+            except OSError as error:  # some network file systems have none either
+                log.warning("%s cannot be locked (%s): make sure that only one run writes to it.", self.path, error)
+            yield
 
     def append(self, record: Record, event: bool = False) -> None:
         """Add a line to metrics.jsonl, or to events.jsonl."""

@@ -7,6 +7,7 @@ these, so a resumed run continues bit for bit, and any number of processes draws
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -116,7 +117,7 @@ class Trainer:
         record: Record = {}
         if self.step == 0:
             self._probe_start()
-        with StopRequest() as stop, worker_deaths_explained():
+        with self._folder_held(), StopRequest() as stop, worker_deaths_explained():
             batches = self._batches()
             while self.step < self.config.steps:
                 started = time.perf_counter()
@@ -134,6 +135,9 @@ class Trainer:
                     self._stop(number)
         self.checkpointer.finish(required=True)
         return record
+
+    def _folder_held(self) -> contextlib.AbstractContextManager[None]:
+        return self.folder.held() if is_main() else contextlib.nullcontext()
 
     def _train_step(self, batch: Batch, stop: StopRequest) -> Record:
         values = self.schedules(self.step)
