@@ -10,7 +10,7 @@ N = 1 + R + P tokens (cls, registers, patches).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from opendino.distributed.collectives import all_sum
 
 OUTLIER_FACTOR = 4.0
 """A token is an outlier when its norm exceeds this multiple of the median of its kind. The artefact tokens of Darcet et
-al. 2023 (fig. 3) lie at 3 to 10 times the bulk of the norms; the bulk itself spreads over less than a factor of 2."""
+al. 2023 (§2) have about ten times the norm of the rest; 4 lies well between the two."""
 NEAR_DUPLICATE = 0.05
 """Distance of unit vectors below which two cls tokens count as equal: a cosine above 0.99875."""
 
@@ -173,5 +173,5 @@ def _local(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [getattr(p, "_local_tensor", p).detach() for p in parameters]
 
 
-def _squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+def _squared_norm(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).square().sum()
