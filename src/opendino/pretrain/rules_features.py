@@ -103,11 +103,11 @@ def plateau(records: Sequence[Record], config: PretrainConfig) -> Finding | None
         "bad" if length >= PLATEAU_SHARE_BAD * config.steps else "watch",
         first,
         f"The DINO loss has not been below ln K = {log_k:.2f} by more than 1 % for {length} steps: {why}. To leave the "
-        "plateau " + "; then ".join(_plateau_cures(records, config, first)) + ".",
+        "plateau " + "; then ".join(_plateau_cures(records, config)) + ".",
     )
 
 
-def _plateau_cures(records: Sequence[Record], config: PretrainConfig, first: int) -> list[str]:
+def _plateau_cures(records: Sequence[Record], config: PretrainConfig) -> list[str]:
     """Name what moves a run off ln K, the likeliest first."""
     loss, cures = config.loss, []
     update = smooth(series(records, "update_norm_backbone"))
@@ -115,7 +115,7 @@ def _plateau_cures(records: Sequence[Record], config: PretrainConfig, first: int
         cures.append(f"lower --optim.lr (now {config.optim.lr:g}): a step moved the backbone by up to {largest:.1%}")
     if not loss.koleo_weight:
         cures.append("raise --loss.koleo-weight to 0.1")
-    if first <= config.optim.warmup_steps:
+    if records[-1]["step"] <= config.optim.warmup_steps:
         cures.append(f"wait for the end of the warm-up (step {config.optim.warmup_steps})")
     cures.append(
         f"cool the teacher: lower --loss.teacher-temp (now {loss.teacher_temp:g}) and --loss.warmup-teacher-temp"

@@ -97,8 +97,8 @@ def lr_too_high(records: Sequence[Record], config: PretrainConfig) -> Finding | 
     return Finding(
         "bad",
         high[0][0],
-        f"A step moved the backbone by up to {max(v for _, v in high):.1%} of its size, which replaces it within tens of "
-        f"steps. The learning rate is too high: lower --optim.lr (now {config.optim.lr:g}, --optim.lr-rule "
+        f"A step moved the backbone by up to {max(v for _, v in high):.1%} of its size, which replaces it within tens "
+        f"of steps. The learning rate is too high: lower --optim.lr (now {config.optim.lr:g}, --optim.lr-rule "
         f"{config.optim.lr_rule}) to a third.",
     )
 
