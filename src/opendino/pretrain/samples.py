@@ -69,7 +69,7 @@ def grey_out(picture: Pixels, mask: npt.NDArray[np.bool_]) -> Pixels:
     """Paint the masked patches of a picture (g, g, 3) grey; mask: bool (P,), the rows of a square grid."""
     grid = math.isqrt(len(mask))
     patch = picture.shape[0] // grid
-    out = picture.copy()
+    out: Pixels = picture.copy()
     covered = np.kron(mask.reshape(grid, grid), np.ones((patch, patch), dtype=bool))
     out[: covered.shape[0], : covered.shape[1]][covered] = GREY
     return out
