@@ -15,7 +15,7 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <style>
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 h2{margin:2rem 0 .5rem}.table{overflow-x:auto}table{border-collapse:collapse}
-td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right;overflow-wrap:anywhere}
 td:first-child,th:first-child{text-align:left}img{max-width:100%;margin:.3rem .3rem .3rem 0}
 figure{display:inline-block;max-width:100%;margin:.4rem .8rem .4rem 0;vertical-align:top}
 figcaption{font-size:.85em;color:#555;max-width:34rem}
@@ -31,7 +31,7 @@ pre{background:#f6f6f6;padding:.6rem .8rem;overflow-x:auto}summary{cursor:pointe
 {% if s.rows %}<div class="table"><table><tr>{% for c in s.columns %}<th>{{ c }}</th>{% endfor %}</tr>
 {% for r in s.rows %}<tr>{% for c in r %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endif %}
 {% for f in s.figures %}
-<figure><img alt="{{ f.caption }}" src="{{ f.uri }}"{% if f.width %} width="{{ f.width }}"{% endif %}>
+<figure{% if f.width %} style="width:{{ f.width }}px"{% endif %}><img alt="{{ f.caption }}" src="{{ f.uri }}">
 <figcaption>{{ f.caption }}</figcaption></figure>{% endfor %}{% if s.folded %}</details>{% endif %}{% endfor %}</html>
 """
 LABELS = {"ok": "Fine.", "watch": "Watch.", "bad": "Bad."}

@@ -12,7 +12,7 @@ from opendino.report.page import Figure
 from opendino.report.plots import curves
 
 Record = dict[str, Any]
-CURVE_WIDTH = 470
+CURVE_WIDTH = 430
 LN_K = "ln K"
 
 

@@ -43,7 +43,7 @@ def write_training_report(run: Path, findings: Sequence[Mapping[str, Any]] = ())
     ]
     path = run / "report.html"
     kept = [s for s in sections if s.text or s.rows or s.figures or s.notes or s.commands]
-    write_page(path, f"Training run {run.resolve().name}", kept)
+    write_page(path, f"Training run: {run.resolve().name}", kept)
     return path
 
 
