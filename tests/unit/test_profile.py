@@ -98,6 +98,12 @@ def test_the_sentence_names_the_limit(loader, compute, expected):
     assert expected in limit_sentence(loader, compute)
 
 
+def test_without_workers_they_take_turns():
+    text = limit_sentence(300, 100, num_workers=0)
+    assert "loading is 25% of a step" in text
+    assert "--num-workers" in text
+
+
 def test_the_loader_alone_is_measured(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(8):

@@ -103,6 +103,7 @@ class Profile:
         batch_size: images a step, of this process.
         loader_rate: images/s of the loader alone; None when it was not measured.
         operators: (name, seconds of one step, calls), the costliest first.
+        num_workers: of the loader.
     """
 
     spans: Mapping[str, float]
@@ -110,6 +111,12 @@ class Profile:
     batch_size: int
     loader_rate: float | None = None
     operators: list[tuple[str, float, int]] = field(default_factory=list)
+    num_workers: int = 1
+
+    @property
+    def limit(self) -> str:
+        """Say whether the loader or compute is the limit."""
+        return limit_sentence(self.loader_rate, self.compute_rate, self.num_workers)
 
     @property
     def rate(self) -> float:
@@ -126,7 +133,7 @@ class Profile:
         return {
             "seconds_per_step": {name: s / self.steps for name, s in self.spans.items()}, "steps": self.steps,
             "images_per_s": self.rate, "compute_images_per_s": self.compute_rate,
-            "loader_images_per_s": self.loader_rate, "limit": limit_sentence(self.loader_rate, self.compute_rate),
+            "loader_images_per_s": self.loader_rate, "limit": self.limit,
             "operators": [{"name": n, "seconds": s, "calls": c} for n, s, c in self.operators],
         }  # fmt: skip
 
@@ -137,13 +144,14 @@ def make_profile(
     *,
     loader_rate: float | None = None,
     operators: list[tuple[str, float, int]] | None = None,
+    num_workers: int = 1,
 ) -> Profile:
     """Put a clock's spans in order, with what they leave of the steps as "other"."""
     assert clock.steps, "a profile needs a step"
     known = [n for n in SPANS if n in clock.seconds] + sorted(set(clock.seconds) - set(SPANS))
     spans = {n: clock.seconds[n] for n in known}
     spans["other"] = max(0.0, clock.total - sum(spans.values()))
-    return Profile(spans, clock.steps, batch_size, loader_rate, operators or [])
+    return Profile(spans, clock.steps, batch_size, loader_rate, operators or [], num_workers)
 
 
 def profile_table(spans: Mapping[str, float], steps: int, batch_size: int) -> Table:
@@ -182,17 +190,24 @@ def operator_table(operators: list[tuple[str, float, int]]) -> Table:
     return table
 
 
-def limit_sentence(loader_rate: float | None, compute_rate: float) -> str:
+def limit_sentence(loader_rate: float | None, compute_rate: float, num_workers: int = 1) -> str:
     """Say whether the loader or compute is the limit, and by how much.
 
     Args:
         loader_rate: images/s that the loader reaches alone; None when it was not measured.
         compute_rate: images/s of the steps without their wait for data.
+        num_workers: of the loader; without workers the two take turns.
     """
     if loader_rate is None:
         return f"Compute alone reaches {compute_rate:.3g} images/s; the loader was not measured."
     rates = f"(loader {loader_rate:.3g}, compute {compute_rate:.3g} images/s)"
     factor = loader_rate / compute_rate
+    if not num_workers:
+        share = compute_rate / (loader_rate + compute_rate)
+        return (
+            f"Without workers loading and compute take turns {rates}: loading is {share:.0%} of a step. Raise "
+            "--num-workers to load beside compute."
+        )
     if factor >= NEAR:
         return f"Compute is the limit: the loader could feed {factor:.1f}× more {rates}."
     if factor <= 1 / NEAR:
@@ -255,4 +270,4 @@ def show_profile(profile: Profile) -> None:
     console.print(profile_table(profile.spans, profile.steps, profile.batch_size))
     if profile.operators:
         console.print(operator_table(profile.operators))
-    console.print(limit_sentence(profile.loader_rate, profile.compute_rate), highlight=False)
+    console.print(profile.limit, highlight=False)
