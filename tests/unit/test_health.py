@@ -17,6 +17,7 @@ from opendino.pretrain.health import (
     prototype_use,
     prototypes_won,
     rank_me,
+    token_norms,
 )
 
 
@@ -65,6 +66,20 @@ def test_norm_outliers_are_counted_by_kind_and_leave_registers_out():
     assert figures["patch_norm_max"] == pytest.approx(9)
     assert figures["cls_norm_outliers"] == 0
     assert figures["cls_norm_max"] == pytest.approx(3.9)
+
+
+def test_token_norms_are_those_before_the_last_norm():
+    from opendino.models.config import ViTConfig
+    from opendino.models.vit import VisionTransformer
+
+    torch.manual_seed(0)
+    config = ViTConfig(img_size=28, patch_size=14, embed_dim=16, depth=1, num_heads=2, num_register_tokens=4)
+    model = VisionTransformer(config).eval()
+    crops = torch.randn(5, 3, 28, 28)
+    norms = token_norms(model, crops, limit=3)
+    assert norms.shape == (3, 1 + 4 + 4)
+    assert not norms.requires_grad
+    torch.testing.assert_close(norms, model.blocks[0](model.prepare_tokens(crops[:3])).norm(dim=-1).detach())
 
 
 def test_first_crops_of_micro_batches_are_one_row_an_image():

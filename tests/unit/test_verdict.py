@@ -251,6 +251,16 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
     assert read_metrics(tmp_path / "none") == []
 
 
+def test_the_reason_of_a_rollback_comes_from_the_events(tmp_path):
+    lines = [json.dumps(sound(s) | {"rollbacks": int(s > 10)}) for s in range(1, 31)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    event = {"event": "rollback", "from": 25, "step": 10, "reason": "20 steps were not finite."}
+    (tmp_path / "events.jsonl").write_text(json.dumps({"event": "start"}) + "\n" + json.dumps(event) + "\n")
+    finding = only(read_metrics(tmp_path))
+    assert (finding.level, finding.since_step) == ("watch", 11)
+    assert "once (20 steps were not finite). For the next run lower --optim.lr" in finding.text
+
+
 def test_the_figures_line_of_a_run_without_figures():
     assert figures_line([{"step": 3}], settings()) == "step 3 of 400."
 

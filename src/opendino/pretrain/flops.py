@@ -57,6 +57,8 @@ def model_flops_per_image(config: PretrainConfig) -> float:
     Backward costs twice the forward, except at the patch embedding, which needs no gradient of the pixels. The model's
     FLOPs are counted, not the hardware's: recomputation (activation checkpointing, chunked losses) is not added, nor
     are normalisations, softmax, Sinkhorn, KoLeo, augmentation and the optimiser.
+    Every block counts over every token; what an implementation leaves out because nothing reads it (most tokens of the
+    last block) is not subtracted.
     """
     backbone = get_config(config.model.arch, **backbone_config(config))
     crops, heads = config.crops, config.heads

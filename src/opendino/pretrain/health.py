@@ -76,7 +76,8 @@ def norm_figures(token_norms: Tensor, num_register_tokens: int = 0) -> dict[str,
     """Give how far the largest norms stand out, for cls and patch tokens apart (Darcet et al. 2023, §2).
 
     Args:
-        token_norms: (n, N), norms of the last block's output before the final LayerNorm, which would hide them.
+        token_norms: (n, N), norms of the last block's output before the final LayerNorm, which would hide them; from
+            the function of this name.
         num_register_tokens: R; registers may be large and are left out.
 
     Returns:
@@ -91,6 +92,18 @@ def norm_figures(token_norms: Tensor, num_register_tokens: int = 0) -> dict[str,
         figures[f"{kind}_norm_outliers"] = float((relative > OUTLIER_FACTOR).float().mean())
         figures[f"{kind}_norm_max"] = float(relative.max())
     return figures
+
+
+@torch.no_grad()
+def token_norms(backbone: nn.Module, crops: Tensor, limit: int = 32) -> Tensor:
+    """Give the norms (n, N) of all tokens of up to `limit` crops for `norm_figures`, before the final LayerNorm.
+
+    A forward pass of its own, for log steps: the training pass computes only the tokens that a loss reads. In a run of
+    several processes whose parameters are sharded every process must call it, because its forward gathers them.
+    """
+    features: dict[str, Tensor] = backbone.forward_features(crops[:limit])  # type: ignore[operator]
+    norms: Tensor = features["x_prenorm"].float().norm(dim=-1)
+    return norms
 
 
 def first_crops(rows: Tensor, micro_batches: int = 1) -> Tensor:
@@ -112,7 +125,7 @@ def health(
     Args:
         cls_targets: (2B, K), micro-batch after micro-batch.
         features: cls tokens, (2B, D), in the same order.
-        token_norms: (2B, N) for the norm outliers, see `norm_figures`; None leaves them out.
+        token_norms: (any, N) for the norm outliers, see `norm_figures`; None leaves them out.
         num_register_tokens: R of the backbone.
         micro_batches: how many the batch was cut into.
     """

@@ -16,17 +16,29 @@ Series = list[tuple[int, float]]
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read RUN/metrics.jsonl; a missing file is an empty run, a line cut off by a kill is left out."""
-    path = run / "metrics.jsonl"
-    records = []
+    """Read RUN/metrics.jsonl; a missing file is an empty run, a line cut off by a kill is left out.
+
+    The reason of a rollback in RUN/events.jsonl is put into the first record after it as "rollback_reason".
+    """
+    records = [r for r in _lines(run / "metrics.jsonl") if isinstance(r.get("step"), int)]
+    for event in _lines(run / "events.jsonl"):
+        if event.get("event") == "rollback":
+            after = next((r for r in records if r["step"] > event.get("step", -1)), None)
+            if after is not None:
+                after["rollback_reason"] = str(event.get("reason", ""))
+    return records
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            record = json.loads(line)
+            value = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def series(records: Sequence[Record], key: str) -> Series:

@@ -57,8 +57,8 @@ def rolled_back(records: Sequence[Record], config: PretrainConfig) -> Finding | 
     return Finding(
         "watch" if count[-1][1] == 1 else "bad",
         first,
-        f"The run went back to an earlier checkpoint {times} ({reason}). Lower --optim.lr (now {config.optim.lr:g}) or "
-        "lengthen --optim.warmup-steps; with --precision fp16 try bf16 or fp32.",
+        f"The run went back to an earlier checkpoint {times} ({reason.rstrip('.')}). For the next run lower --optim.lr "
+        f"(now {config.optim.lr:g}) or lengthen --optim.warmup-steps; with --precision fp16 try bf16 or fp32.",
     )
 
 
