@@ -17,8 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "visualize": ("visualize", "draw what a model sees: pca, attention"),
     "pretrain": ("pretrain", "train a backbone on your images without labels"),
     "resume": ("resume", "continue an interrupted pre-training run"),
-    "report": ("report", "judge a pre-training run in plain words and write its page"),
     "demo": ("demo", "pre-train a small model on real photographs and write a report"),
+    "report": ("report", "judge a pre-training run in plain words and write its page"),
 }
 
 
