@@ -77,6 +77,12 @@ def test_a_sound_run_is_one_line_with_its_figures():
     json.dumps(finding.as_dict())
 
 
+def test_the_rank_is_measured_against_the_rows_of_one_process():
+    text = only(run_of(lambda s: {"prototypes_won": 12, "prototype_use": 0.75})).text  # 16 rows a process
+    assert "12 of 16 prototypes" in text
+    assert "of at most 16" in text
+
+
 def test_too_few_records_and_missing_figures_say_nothing_wrong():
     assert "Too early" in only(run_of(steps=2)).text
     assert "Too early" in only([]).text

@@ -97,9 +97,13 @@ def knn_series(records: Sequence[Record]) -> Series:
     return series(records, f"probe/{names[0]}") if names else []
 
 
-def rank_ceiling(config: PretrainConfig) -> int:
+def rank_ceiling(records: Sequence[Record], config: PretrainConfig) -> int:
+    """The largest rank that the features of a log point can have: their number or their width."""
     width = get_config(config.model.arch, **backbone_config(config)).embed_dim
-    return min(2 * config.batch_size, width)
+    rows, won = 2 * config.batch_size, winners(records, config)
+    if won and won[-1][2] < config.heads.num_prototypes:  # then it is the number of rows, fewer in several processes
+        rows = round(won[-1][2])
+    return min(rows, width)
 
 
 def either(cures: list[str]) -> str:

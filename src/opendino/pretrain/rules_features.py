@@ -130,7 +130,7 @@ def _plateau_cures(records: Sequence[Record], config: PretrainConfig) -> list[st
 def rank_fell(records: Sequence[Record], config: PretrainConfig) -> Finding | None:
     """Features use fewer and fewer directions."""
     rank = smooth(series(records, "feature_rank"))
-    if len(rank) < 2 * MIN_RECORDS or rank_ceiling(config) < MIN_ROWS:
+    if len(rank) < 2 * MIN_RECORDS or rank_ceiling(records, config) < MIN_ROWS:
         return None
     best_step, best = max(rank, key=lambda r: r[1])
     now = rank[-1][1]
@@ -149,7 +149,7 @@ def rank_fell(records: Sequence[Record], config: PretrainConfig) -> Finding | No
         "bad" if one or now < RANK_COLLAPSED * best else "watch",
         first,
         f"The features collapse to few directions: feature rank {now:.1f}, it was {best:.1f} at step {best_step} (at "
-        f"most {rank_ceiling(config)}). The loss can fall all the same. {sentence(cures)}",
+        f"most {rank_ceiling(records, config)}). The loss can fall all the same. {sentence(cures)}",
     )
 
 

@@ -49,13 +49,13 @@ def figures_line(records: Sequence[Record], config: PretrainConfig) -> str:
     parts = [f"step {records[-1]['step']} of {config.steps}"]
     log_k = math.log(config.heads.num_prototypes)
     if dino := series(records, "dino")[-RECENT:]:
-        parts.append(f"DINO loss {middle(dino):.2f} (no information: {log_k:.2f})")
+        parts.append(f"DINO loss {middle(dino):.2f} (guessing: {log_k:.2f})")
     if entropy := series(records, "teacher_entropy")[-MIN_RECORDS:]:
         parts.append(f"teacher entropy {middle(entropy) / log_k:.0%} of ln K")
     if won := winners(records, config):
         parts.append(f"{won[-1][1]:.0f} of {won[-1][2]:.0f} prototypes won")
     if rank := series(records, "feature_rank")[-MIN_RECORDS:]:
-        parts.append(f"feature rank {middle(rank):.1f} of at most {rank_ceiling(config)}")
+        parts.append(f"feature rank {middle(rank):.1f} of at most {rank_ceiling(records, config)}")
     if knn := knn_series(records):
         parts.append(f"k-NN {knn[0][1]:.1f} → {knn[-1][1]:.1f} %")
     if speed := series(records, "images_per_s")[-RECENT:]:
