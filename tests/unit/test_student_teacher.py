@@ -199,10 +199,10 @@ def test_chunks_equal_whole_logits_in_losses_gradients_and_state(settings, local
 def test_each_head_is_called_once_however_many_patches_are_masked():
     for separate in (False, True):
         m, c = model(separate=separate), crops()
-        calls = []
+        calls: list[str] = []
         for name, module in (*m.student.items(), *m.teacher.items()):
             if "head" in name:
-                module.register_forward_hook(lambda *_, name=name: calls.append(name))
+                module.register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
         expected = sorted(["dino_head", "ibot_head"][: 1 + separate] * 2)
         for masks in (c.masks, torch.zeros_like(c.masks)):
             calls.clear()
