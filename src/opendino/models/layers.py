@@ -90,7 +90,7 @@ def attend_explicitly(qkv: Tensor, num_heads: int) -> Tensor:
     """
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)  # (B·H, N, D/H)
     scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
-    mixed = torch.bmm(scores.softmax(-1).to(v.dtype), v)
+    mixed: Tensor = torch.bmm(scores.softmax(-1).to(v.dtype), v)
     return mixed.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
 
 
