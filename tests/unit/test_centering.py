@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opendino.pretrain.centering import MovingCenter, sinkhorn_knopp
+from opendino.pretrain.centering import MovingCenter, TargetRows, sinkhorn_knopp, sinkhorn_offsets
 
 
 def slow_sinkhorn(logits, temp, n_iterations):
@@ -129,3 +129,59 @@ def test_moving_centre_is_saved_with_the_run():
     other.load_state_dict(center.state_dict())
     assert torch.equal(other.center, center.center)
     assert not list(center.parameters())
+
+
+def factors(n, k, dim=5, dtype=torch.float64):
+    torch.manual_seed(0)
+    return [torch.nn.functional.normalize(torch.randn(rows, dim, dtype=dtype), dim=1) for rows in (n, k)]
+
+
+@pytest.mark.parametrize("n_iterations", [1, 3, 5])
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_streaming_sinkhorn_equals_the_loop(chunk, n_iterations):
+    z, prototypes = factors(10, 7)
+    offsets = sinkhorn_offsets(z, prototypes, 0.05, n_iterations, chunk)
+    found = TargetRows(z, prototypes, 0.05, offsets).probabilities()
+    np.testing.assert_allclose(found, slow_sinkhorn(z @ prototypes.T, 0.05, n_iterations), rtol=1e-9)
+
+
+def test_streaming_sinkhorn_in_fp32_equals_whole_logits_however_far_they_spread():
+    z, prototypes = factors(12, 6, dtype=torch.float32)
+    for spread in (1.0, 1e3):
+        offsets = sinkhorn_offsets(z * spread, prototypes, 0.04, chunk=5)
+        found = TargetRows(z * spread, prototypes, 0.04, offsets).probabilities()
+        torch.testing.assert_close(found, sinkhorn_knopp(z @ prototypes.T * spread, 0.04), rtol=1e-3, atol=1e-5)
+
+
+def test_streaming_sinkhorn_of_bf16_factors_sums_in_fp32():
+    z, prototypes = (t.bfloat16() for t in factors(300, 40))
+    offsets = sinkhorn_offsets(z, prototypes, 0.07, n_iterations=30)
+    found = TargetRows(z, prototypes, 0.07, offsets).probabilities()
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.sum(1), torch.ones(300))
+    torch.testing.assert_close(found.sum(0), torch.full((40,), 300 / 40), rtol=1e-2, atol=0)
+
+
+def test_moving_centre_of_rows_equals_that_of_their_logits():
+    z, prototypes = factors(9, 6, dtype=torch.float32)
+    rows, whole = MovingCenter(6), MovingCenter(6)
+    for part in z.split(3):
+        logits = part @ prototypes.T
+        targets = TargetRows(part, prototypes, 0.06, rows.offsets(0.06))
+        rows.update_rows(part, prototypes)  # does not reach the targets
+        torch.testing.assert_close(targets.probabilities(), whole.probabilities(logits, 0.06))
+        whole.update(logits)
+        torch.testing.assert_close(rows.center, whole.center)
+    before = rows.center.clone()
+    rows.update_rows(z[:0], prototypes)
+    rows.update(torch.zeros(0, 6))
+    assert torch.equal(rows.center, before)
+
+
+def test_targets_of_chosen_rows():
+    z, prototypes = factors(9, 6)
+    targets = TargetRows(z, prototypes, 0.06, torch.randn(6))
+    chosen = torch.tensor([4, 4, 0])
+    torch.testing.assert_close(targets.probabilities(chosen), targets.probabilities()[chosen])
+    assert len(targets) == 9
+    assert targets.probabilities(chosen[:0]).shape == (0, 6)

@@ -8,28 +8,31 @@ import torch
 import torch.nn.functional as F
 
 from opendino.pretrain.config import parse_config
+from opendino.pretrain.depth import DepthDraws
+from opendino.pretrain.materialized import MaterializedStudentTeacher
 from opendino.pretrain.student_teacher import Crops, StudentTeacher
 
 B, L, TEMP = 3, 2, 0.05
 
 
-def config(separate=False, centering="moving", koleo=0.1, arch="vits14", drop=0.0):
+def config(separate=False, centering="moving", koleo=0.1, arch="vits14", drop=0.0, batch_norm=False, ibot=1.0):
     return parse_config(
         f"""
         model:
           {{arch: {arch}, patch_size: 7, embed_dim: 12, depth: 2, num_heads: 2, init_values: 0.7,
            drop_path_rate: {drop}}}
         crops: {{global_size: 28, local_size: 14, num_local: {L}}}
-        heads: {{num_prototypes: 10, hidden_dim: 8, bottleneck_dim: 5, separate: {str(separate).lower()}}}
-        loss: {{centering: {centering}, koleo_weight: {koleo}}}
+        heads: {{num_prototypes: 10, hidden_dim: 8, bottleneck_dim: 5, separate: {str(separate).lower()},
+                batch_norm: {str(batch_norm).lower()}}}
+        loss: {{centering: {centering}, koleo_weight: {koleo}, ibot_weight: {ibot}}}
         """,
         "test",
     )  # fmt: skip
 
 
-def model(**settings):
+def model(kind=StudentTeacher, **settings):
     torch.manual_seed(0)
-    built = StudentTeacher(config(**settings))
+    built = kind(config(**settings))
     with torch.no_grad():  # wide weights, so that images differ
         for parameter in built.student.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -161,3 +164,64 @@ def test_one_image_and_no_mask_are_finite():
     assert math.isfinite(float(loss))
     assert float(parts["koleo"]) == 0
     assert all(torch.isfinite(g).all() for g in gradients(m).values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"separate": True, "centering": "sinkhorn", "batch_norm": True},
+        {"drop": 0.4, "centering": "sinkhorn", "ibot": 0.5},
+        {"ibot": 0.0, "separate": True},
+    ],
+)
+@pytest.mark.parametrize("local", [False, True])
+def test_chunks_equal_whole_logits_in_losses_gradients_and_state(settings, local):
+    results = []
+    for kind in (StudentTeacher, MaterializedStudentTeacher):
+        m, c = model(kind, **settings), crops(local)
+        [targets] = m.targets([c], TEMP)
+        loss, parts = m(c, targets, DepthDraws(0, 3, 0, B, B))
+        loss.backward()
+        results.append((loss.detach(), parts, targets.cls, targets.patches, gradients(m), dict(m.named_buffers())))
+    found, wanted = results
+    assert set(found[1]) == set(wanted[1])
+    for name in wanted[1]:
+        assert float(found[1][name]) == pytest.approx(float(wanted[1][name]), rel=1e-6, abs=1e-6), name
+    for a, b in zip((found[0], *found[2:4]), (wanted[0], *wanted[2:4])):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for i in (4, 5):
+        assert set(found[i]) == set(wanted[i])
+        for name in wanted[i]:
+            torch.testing.assert_close(found[i][name], wanted[i][name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_each_head_is_called_once_however_many_patches_are_masked():
+    for separate in (False, True):
+        m, c = model(separate=separate), crops()
+        calls: list[str] = []
+        for name, module in (*m.student.items(), *m.teacher.items()):
+            if "head" in name:
+                module.register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
+        expected = sorted(["dino_head", "ibot_head"][: 1 + separate] * 2)
+        for masks in (c.masks, torch.zeros_like(c.masks)):
+            calls.clear()
+            part = Crops(c.global_crops, c.local_crops, masks)
+            m.student.zero_grad()
+            m.loss(part, m.targets([part], TEMP)[0])[0].backward()
+            assert sorted(calls) == expected
+            assert all(p.grad is not None for n, p in m.student.named_parameters() if "head" in n)
+
+
+def test_bf16_stays_close_to_fp32():
+    losses = []
+    for enabled in (False, True):
+        m, c = model(centering="sinkhorn"), crops()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, parts = m.loss(c, m.targets([c], TEMP)[0])
+        loss.backward()
+        losses.append((float(parts["dino"]), float(parts["ibot"]), gradients(m)))
+    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=0.03)
+    for name in ("dino_head.last_layer.weight", "backbone.blocks.0.mlp.fc1.weight"):
+        exact = losses[0][2][name]
+        assert torch.nn.functional.cosine_similarity(losses[1][2][name].flatten(), exact.flatten(), dim=0) > 0.97, name

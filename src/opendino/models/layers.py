@@ -22,8 +22,8 @@ from opendino.models.config import ViTConfig
 Shapes = Sequence[tuple[int, int]]
 
 EXPLICIT_ATTENTION_MAX_TOKENS = 320
-"""Up to this many tokens, training on a CPU uses explicit products: torch's CPU flash backward is slower there
-(benchmarks/RESULTS.md). Everything else uses scaled_dot_product_attention."""
+"""Up to this many tokens, a network in training mode on a CPU uses explicit products: torch's CPU flash attention is
+slower there (benchmarks/RESULTS.md). Everything else uses scaled_dot_product_attention."""
 
 
 class PatchEmbed(nn.Module):
@@ -80,11 +80,18 @@ class SwiGLU(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over (B, H, N, D/H) queries, keys and values; returns the same shape."""
-    if q.device.type == "cpu" and q.requires_grad and q.shape[-2] <= EXPLICIT_ATTENTION_MAX_TOKENS:
-        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, H, N, N)
-        mixed: Tensor = weights.to(v.dtype) @ v
-        return mixed
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_explicitly(qkv: Tensor, num_heads: int) -> Tensor:
+    """The same attention by plain products, from (B, N, 3·D) to (B, N, D), with one copy of the input.
+
+    Under autocast both products run in half precision and the softmax is taken in its own dtype.
+    """
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)  # (B·H, N, D/H)
+    scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    mixed: Tensor = torch.bmm(scores.softmax(-1).to(v.dtype), v)
+    return mixed.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -117,6 +124,8 @@ class Attention(nn.Module):
     def _mix(self, qkv: Tensor) -> Tensor:
         if not qkv.numel():  # no image of this group was kept by stochastic depth
             return qkv.chunk(3, dim=-1)[0]
+        if self.training and qkv.device.type == "cpu" and qkv.shape[1] <= EXPLICIT_ATTENTION_MAX_TOKENS:
+            return attend_explicitly(qkv, self.num_heads)
         return attend(*self.split_heads(qkv)).transpose(1, 2).flatten(2)  # (B, N, D)
 
 

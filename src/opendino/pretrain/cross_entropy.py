@@ -23,6 +23,8 @@ from opendino.pretrain.centering import TargetRows, chunk_rows
 
 FP16_GAIN = 64.0
 """Factor on logit gradients in fp16, where one of 65 536 prototypes would fall below the smallest normal number."""
+BLOCK = 2**14
+"""Prototypes whose gradient is added at a time, so that half-precision products do not become fp32 all at once."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(z)
         with torch.autocast(z.device.type, enabled=False):
-            work = _Work(z, prototypes, dtype, temp, with_grad=any(ctx.needs_input_grad[:2]))
+            work = _Work(z, prototypes, dtype, temp, losses, with_grad=any(ctx.needs_input_grad[:2]))
             start, parts = 0, []
             for loss in losses:
                 parts.append(work.add(loss, start, chunk))
@@ -108,7 +110,15 @@ class _CrossEntropy(torch.autograd.Function):
 class _Work:
     """The sums that grow from chunk to chunk."""
 
-    def __init__(self, z: Tensor, prototypes: Tensor, dtype: torch.dtype, temp: float, with_grad: bool) -> None:
+    def __init__(
+        self,
+        z: Tensor,
+        prototypes: Tensor,
+        dtype: torch.dtype,
+        temp: float,
+        losses: Sequence[RowLoss],
+        with_grad: bool,
+    ) -> None:
         self.temp, self.dtype, self.with_grad = temp, dtype, with_grad
         self.gain = FP16_GAIN if dtype is torch.float16 else 1.0
         self.z = _wide(z)
@@ -116,6 +126,8 @@ class _Work:
         self.grad_z = torch.zeros_like(self.z) if with_grad else self.z.new_zeros(0)
         self.grad_unit = torch.zeros_like(prototypes, dtype=self.z.dtype) if with_grad else self.z.new_zeros(0)
         self.z_dtype = z.dtype
+        weights = [loss.weights.amax() * abs(loss.factor) for loss in losses if len(loss.weights)]
+        self.largest = torch.stack([self.z.new_tensor(1e-30), *weights]).amax().to(self.z.dtype)
 
     def add(self, loss: RowLoss, start: int, chunk: int | None) -> Tensor:
         """Add one loss, whose rows begin at `start`, and give its value without its factor."""
@@ -137,12 +149,14 @@ class _Work:
         norm = p.sum(1, keepdim=True)
         value = ((norm.log() + largest).squeeze(1) * mass - agreement) @ weights
         if self.with_grad:
-            # Weights go on the small side of both products, so that the large one stays in the range of fp16.
+            # Weights, divided by their largest, go on the small side of both products; so the large side stays in the
+            # range of fp16. What is left out here is multiplied in at the end.
             grad = p.mul_(mass * self.gain / norm).sub_(target, alpha=self.gain).to(self.dtype)
-            scale = (weights * (loss.factor / self.temp / self.gain)).unsqueeze(1)
-            self.grad_z[start + part] = _wide(grad @ self.unit) * scale
-            largest_scale = scale.abs().amax().clamp_min(1e-30)
-            self.grad_unit.add_(_wide(grad.T @ (z * (scale / largest_scale)).to(self.dtype)).mul_(largest_scale))
+            share = (weights * (loss.factor / self.largest)).unsqueeze(1)
+            self.grad_z[start + part] = _wide(grad @ self.unit) * share
+            small = (z * share).to(self.dtype)
+            for sums, columns in zip(self.grad_unit.split(BLOCK), grad.split(BLOCK, dim=1), strict=True):
+                sums.add_(columns.T @ small)
         return value
 
     def gradients(self, prototypes: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
@@ -153,8 +167,9 @@ class _Work:
         norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
         along = torch.bmm(weight.unsqueeze(1), grad.unsqueeze(2)).squeeze(2) / norm.square().clamp_min(eps**2)
         along = along.masked_fill(norm < eps, 0)  # a row at the bound is only divided by it
-        grad.addcmul_(weight, along, value=-1).div_(norm.clamp_min(eps))
-        return self.grad_z.to(self.z_dtype), grad.to(prototypes.dtype)
+        left_out = self.largest / (self.temp * self.gain)
+        grad.addcmul_(weight, along, value=-1).mul_(left_out / norm.clamp_min(eps))
+        return self.grad_z.mul_(left_out).to(self.z_dtype), grad.to(prototypes.dtype)
 
 
 def _targets(rows: TargetRows, index: Tensor) -> Tensor:

@@ -97,5 +97,16 @@ def clip_each(networks: Mapping[str, nn.Module], max_norm: float) -> dict[str, T
 
 @torch.no_grad()
 def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
-    """teacher ← momentum · teacher + (1 − momentum) · student."""
-    torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
+    """teacher ← momentum · teacher + (1 − momentum) · student, in one pass; sharded tensors shard by shard.
+
+    Both sides must be sharded alike: then each process averages what it holds, without talking to the others.
+    """
+    torch._foreach_lerp_([_local(t) for t in teacher], [_local(s) for s in student], 1 - momentum)
+
+
+def _local(x: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds; any other tensor as it is."""
+    if not hasattr(x, "to_local"):
+        return x
+    part: Tensor = x.to_local()
+    return part
