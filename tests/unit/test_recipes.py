@@ -10,7 +10,15 @@ EPOCH = 1250
 
 
 def test_all_recipes_are_there():
-    assert list_recipes() == ["vitb14", "vitg14", "vitl14_long", "vitl14_short", "vits14", "vitt14_demo"]
+    assert list_recipes() == [
+        "vitb14",
+        "vitg14",
+        "vitl14_long",
+        "vitl14_short",
+        "vits14",
+        "vitt14_demo",
+        "vitt7_fashion",
+    ]
 
 
 @pytest.mark.parametrize("name", ["vits14", "vitb14", "vitl14_short", "vitl14_long", "vitg14"])

@@ -61,6 +61,12 @@ class Package:
 
 
 PACKAGES: dict[str, Package] = {
+    "fashion-mnist": Package(
+        "debian", "dataset-fashion-mnist", "0.0~git20200523.55506a9-1",
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        "MIT",
+        ("usr/share/datasets/fashion-mnist/", "usr/share/doc/"),
+    ),
     "gcompris": Package(
         "debian", "gcompris-qt-data", "3.1-2",
         "e9cf06ab2105529068df73085784e835d2ff03f870d2a8091f09125d40abac9f",
