@@ -131,6 +131,7 @@ class PretrainConfig(Settings):
     shuffle_buffer: int = Field(8192, ge=1, description="images shuffled together in tar shards and Parquet")
     cache_images: bool = Field(False, description="keep decoded images in memory; for small sets")
     log_every: int = Field(10, ge=1, description="steps between health figures")
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), description="beside metrics.jsonl")
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
     milestone_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step stay for ever")
@@ -156,7 +157,7 @@ class PretrainConfig(Settings):
 MAY_CHANGE = frozenset(
     [
         "data", "data_may_change", "out", "probe", "device", "sharding", "activation_checkpointing", "num_workers",
-        "cache_images", "log_every", "checkpoint_every", "keep_checkpoints", "milestone_every", "async_checkpoints",
+        "cache_images", "log_every", "loggers", "checkpoint_every", "keep_checkpoints", "milestone_every", "async_checkpoints",
         "probe_every", "max_bad_steps", "max_rollbacks", "max_errors",
     ]
 )  # fmt: skip
