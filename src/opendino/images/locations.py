@@ -59,6 +59,11 @@ def parent(place: str) -> str:
     return posixpath.dirname(place) if is_url(place) else os.path.dirname(place)
 
 
+def absolute(place: str) -> str:
+    """Give a path from the root of the file system; URLs are so already."""
+    return place if is_url(place) else os.path.abspath(place)
+
+
 def beside(folder: str, entry: str) -> str:
     """Give an entry of a list in `folder` as a place; absolute paths and URLs stay."""
     if is_url(entry):

@@ -10,7 +10,7 @@ import csv
 import io
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -90,10 +90,34 @@ class ImageSource(ABC):
         """The images as (path, label); made when asked for, so that a long list costs nothing."""
         return _Items(self)
 
+    def images(self) -> Iterator[SourceImage]:
+        """Go through the images, to be read when they are wanted."""
+        return (SourceImage(self, i, self.name(i)) for i in range(len(self)))
+
     @property
     def labels(self) -> list[int]:
         """Index in `classes` of each image, -1 without label."""
         return [int(i) for i in self.label_ids()]
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """One image of a source, read when it is wanted.
+
+    Attributes:
+        source: it belongs to.
+        index: in the source.
+        path: what it is called.
+    """
+
+    source: ImageSource
+    index: int
+    path: str
+
+    def data(self) -> bytes:
+        """Read the bytes of its file."""
+        found = self.source.read(self.index)
+        return Path(found).read_bytes() if isinstance(found, str) else found
 
 
 class _Items(Sequence[ImageItem]):
