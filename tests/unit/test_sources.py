@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -288,6 +289,11 @@ def test_class_names_of_hugging_face_are_used(tmp_path, images):
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), path)
     source = open_source(path)
     assert [i.label for i in source.items[:3]] == ["dog", "cat", "dog"]
+    odd = [[1, 2]] * 5 + [None] * 5
+    assert open_source(write_parquet(tmp_path / "b.parquet", images, label=odd)).classes == []
+    text = ["x", None] * 5
+    source = open_source(write_parquet(tmp_path / "c.parquet", images, label=text))
+    assert (source.classes, source.labels) == (["x"], [0, -1] * 5)
 
 
 def test_decoded_row_groups_are_kept_up_to_a_size(tmp_path, images, monkeypatch):
@@ -402,6 +408,42 @@ def test_what_is_no_url():
                        ("memory://nowhere/{a,b}.tar", "cannot be opened")):  # fmt: skip
         with pytest.raises(DataError, match=words):
             open_source(url)
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    """Storage that fails some times before it answers."""
+
+    protocol = "flaky"
+    failures = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def cat_file(self, path, start=None, end=None, **options):
+        if FlakyFileSystem.failures:
+            FlakyFileSystem.failures -= 1
+            raise RuntimeError("throttled")
+        return super().cat_file(path, start, end, **options)
+
+    def isdir(self, path):
+        if "broken" in path:
+            raise RuntimeError("no credentials")
+        return super().isdir(path)
+
+
+def test_storage_that_fails_now_and_then_is_asked_again(memory, monkeypatch, images):
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    monkeypatch.setattr(locations, "PAUSES_S", (0.0, 0.0))
+    FlakyFileSystem.failures = 0
+    source = open_source("flaky://set/tar/s-*.tar")
+    FlakyFileSystem.failures = 2
+    assert source.read(3) == images["0003"]
+    FlakyFileSystem.failures = 3
+    with pytest.raises(DataError, match=r"flaky:///set/tar/s-000.tar cannot be read: RuntimeError: throttled"):
+        source.read(3)
+    with pytest.raises(DataError, match=r"flaky://broken cannot be opened: RuntimeError: no credentials. Check"):
+        open_source("flaky://broken")
 
 
 # --- folders -------------------------------------------------------------------------------------------------------

@@ -52,7 +52,6 @@ class TarSource(ImageSource):
                 log.warning("%s", f"{path} {note}")
         if not len(self.index):
             raise DataError(f"{root} holds no images: no member of its {len(paths)} tar files is one.")
-        self.classes = self.index.classes
         self.groups = _runs(np.diff(self.index.firsts))
 
     def __len__(self) -> int:
@@ -74,6 +73,11 @@ class TarSource(ImageSource):
         if len(data) != size:
             raise DataError(f"{self.name(index)} is cut off: {path} has become shorter since it was indexed.")
         return data
+
+    @property
+    def classes(self) -> list[str]:
+        """Sorted class names; empty without labels."""
+        return self.index.classes
 
     def label_ids(self) -> Labels:
         """Give (n,) int32, the index in `classes` of each image, -1 without label."""
