@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 
 import fsspec
@@ -18,9 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opendino.errors import DataError
-from opendino.images import locations, tar_index
+from opendino.images import index_cache, locations
 from opendino.images.fingerprint import explain_change, fingerprint
 from opendino.images.sources import open_source
+from opendino.images.tar_index import TarIndex
 from opendino.images.tar_walk import walk_tar
 
 
@@ -234,9 +237,45 @@ def test_a_moved_set_keeps_its_index_and_a_damaged_index_is_made_anew(shards, im
     assert len(walked) == 3
 
 
+def test_a_listing_that_was_broken_off_goes_on(shards, images, walked):
+    whole = (shards / "s-002.tar").read_bytes()
+    (shards / "s-002.tar").write_bytes(b"\x1f\x8b" + bytes(1000))
+    with pytest.raises(DataError, match="s-002.tar is compressed"):
+        open_source(shards)
+    (shards / "s-002.tar").write_bytes(whole)
+    walked.clear()
+    assert contents(open_source(shards)) == list(images.values())
+    assert walked == ["s-002.tar"]
+    assert len(list(shards.glob(".opendino-index/*/about.json"))) == 1
+
+
+def test_a_long_listing_is_kept_on_the_way(shards, images, monkeypatch):
+    saved = []
+    real = TarIndex.save
+    monkeypatch.setattr(TarIndex, "save", lambda self, *args: saved.append(len(self)) or real(self, *args))
+    monkeypatch.setattr(index_cache, "KEEP_EVERY_S", 0.0)
+    assert contents(open_source(shards)) == list(images.values())
+    assert saved == [4, 8, 10]
+    assert len(list(shards.glob(".opendino-index/*/about.json"))) == 1
+
+
+def test_processes_that_open_shards_at_once_list_them_once(shards, images):
+    code = (
+        "import sys\nfrom opendino.images import shards\nreal = shards.index_shard\n"
+        "shards.index_shard = lambda *a: print('walked', flush=True) or real(*a)\n"
+        "from opendino.images.sources import open_source\nprint(len(open_source(sys.argv[1])))"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(shards)], stdout=subprocess.PIPE, text=True) for _ in "ab"
+    ]
+    out = "".join(run.communicate(timeout=60)[0] for run in runs)
+    assert out.count("walked") == 3
+    assert out.count("10") == 2
+
+
 def test_an_index_that_cannot_lie_beside_the_shards_goes_to_the_cache(shards, images, walked, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (shards / tar_index.FOLDER).write_text("in the way")
+    (shards / index_cache.FOLDER).write_text("in the way")
     for _ in range(2):
         assert contents(open_source(shards)) == list(images.values())
     assert len(walked) == 3

@@ -19,8 +19,9 @@ import numpy as np
 
 from opendino.errors import DataError
 from opendino.images import locations
+from opendino.images.index_cache import load_or_build
 from opendino.images.sources import ARRAYS, EXTENSIONS, ImageSource, Labels
-from opendino.images.tar_index import TarIndex, load_or_build
+from opendino.images.tar_index import TarIndex
 from opendino.images.tar_walk import Member, walk_tar
 
 log = logging.getLogger("opendino")
