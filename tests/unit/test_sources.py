@@ -273,6 +273,24 @@ def test_processes_that_open_shards_at_once_list_them_once(shards, images):
     assert out.count("10") == 2
 
 
+def test_an_index_that_cannot_be_read_is_done_without(shards, images, walked, monkeypatch, caplog):
+    open_source(shards)
+
+    def refuse(*_):
+        raise PermissionError("another user's")
+
+    monkeypatch.setattr(TarIndex, "load", refuse)
+    monkeypatch.setattr("shutil.rmtree", lambda *a, **k: None)
+    assert contents(open_source(shards)) == list(images.values())
+    assert len(walked) == 6
+    assert "cannot be read (another user's)" in caplog.text
+    monkeypatch.undo()
+    folder = next(shards.glob(".opendino-index/*/about.json")).parent
+    umask = os.umask(0)
+    os.umask(umask)
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 def test_an_index_that_cannot_lie_beside_the_shards_goes_to_the_cache(shards, images, walked, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (shards / index_cache.FOLDER).write_text("in the way")

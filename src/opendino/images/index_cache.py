@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ log = logging.getLogger("opendino")
 FOLDER = ".opendino-index"
 THREADS, STAT_THREADS = 8, 32
 """Shards listed and asked for their size at a time; both mostly wait for a disk or a network."""
+TOLD_FROM = 10
+"""Shards from which a log is told that they are being listed."""
 KEEP_EVERY_S = 300.0
 """Between the times that a long listing is kept, so that a kill does not undo all of it."""
 
@@ -67,7 +69,8 @@ def load_or_build(paths: list[str], index_shard: Callable[[str, int], TarIndex])
         parts = _index_all(paths, sizes, _unchanged(state, home), index_shard, keep)
         try:
             keep(dict(enumerate(parts)))
-        except OSError as error:
+            index = TarIndex.load(whole)
+        except (OSError, ValueError, KeyError) as error:
             log.warning(
                 "The index of the tar shards cannot be kept in %s (%s); next time it is made anew.", home, error
             )
@@ -75,7 +78,7 @@ def load_or_build(paths: list[str], index_shard: Callable[[str, int], TarIndex])
         for older in home.glob(f"{shard_set}-*"):
             if older != whole:
                 shutil.rmtree(older, ignore_errors=True)
-    return TarIndex.load(whole)
+    return index
 
 
 def _place(path: str, home: Path) -> str:
@@ -143,7 +146,7 @@ def _index_all(
 
     new = [i for i in range(len(paths)) if i not in known]
     console = Console(stderr=True)
-    if not console.is_terminal and new:
+    if not console.is_terminal and len(new) >= TOLD_FROM:
         console.print(f"Listing what is in {len(new)} tar shards, once.", highlight=False)
     bar = Progress(
         TextColumn("indexing tar shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -178,7 +181,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     except ImportError:  # no such locks on Windows; indexing twice does no harm
         yield
         return
-    with open(path, "w") as file:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        with suppress(OSError):  # another user's file, or a network file system without locks
+            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_EX)
         yield

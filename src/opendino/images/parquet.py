@@ -79,7 +79,9 @@ class ParquetSource(ImageSource):
                 "files anew with a row_group_size of about %d.",
                 path, sizes[largest] / 1e9, max(1, rows * (64 << 20) // sizes[largest]),
             )  # fmt: skip
-        return max(int(KEPT_BYTES * len(self) / max(1, sum(sizes))), int(self.groups.max()))
+        # A window cuts a row group at either end, and both are kept whole.
+        room = KEPT_BYTES - 2 * sizes[largest]
+        return max(int(room * len(self) / max(1, sum(sizes))), int(self.groups.max()))
 
     def __len__(self) -> int:
         return int(self._firsts[-1])

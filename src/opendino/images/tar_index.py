@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,9 @@ class TarIndex:
 
     def save(self, folder: Path, state: State) -> None:
         """Write the arrays aside and rename them, so that an index is there whole or not at all."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        aside = folder.parent / f".new-{uuid.uuid4().hex}"
         try:
+            aside.mkdir(parents=True)  # readable for whom the umask allows, as the shards may be shared
             for name, array in self._arrays().items():
                 np.save(aside / f"{name}.npy", array)
             about = {"format": FORMAT, "classes": self.classes, "notes": self.notes, "shards": state}
