@@ -436,6 +436,13 @@ def test_urls_hold_the_same_images(place, memory, images):
     assert contents(open_source(f"memory://set/{place}")) == list(images.values())
 
 
+def test_a_local_list_may_name_urls(memory, images, tmp_path):
+    (tmp_path / "list.txt").write_text("".join(f"memory://set/photos/{int(k) % 2}/{k}.png\n" for k in images))
+    source = open_source(tmp_path / "list.txt")
+    assert source.remote
+    assert contents(source) == list(images.values())
+
+
 def test_a_folder_behind_a_url_has_its_classes(memory, images):
     source = open_source("memory://set/photos")
     assert source.classes == ["0", "1"]

@@ -155,7 +155,8 @@ class FileSource(ImageSource):
     def __init__(self, root: str, base: str, paths: Iterable[str], labels: Sequence[str | None]) -> None:
         self.root, self._base, self._paths = root, base, PackedText.of(paths)
         self._classes, self._labels = number_classes(labels)
-        self.remote = locations.is_url(base)
+        first = self._paths[0] if len(self._paths) else ""
+        self.remote = locations.is_url(base) or locations.is_url(first)
 
     def __len__(self) -> int:
         return len(self._paths)
