@@ -3,9 +3,12 @@
 
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -25,7 +28,8 @@ def commands():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages speak of: photos/, train/ and val/, labelled/, a run, a published file, two pictures."""
+    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/, a
+    run, a published file, two pictures."""
     root = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
@@ -34,6 +38,7 @@ def folder(tmp_path_factory):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         field = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(field).resize((64, 48), Image.Resampling.BICUBIC).save(root / name)
+    save_other_sources(root)
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -43,6 +48,20 @@ def folder(tmp_path_factory):
     model = opendino.load("vits14", weights="random")
     torch.save(model.state_dict(), root / "dinov2_vits14_pretrain.pth")
     return root
+
+
+def save_other_sources(root):
+    photos = sorted((root / "photos").iterdir())
+    (root / "shards").mkdir()
+    for k in range(2):
+        with tarfile.open(root / "shards" / f"train-{k:06}.tar", "w") as tar:
+            for path in photos[2 * k : 2 * k + 2]:
+                tar.add(path, path.name)
+    pq.write_table(pa.table({"image": [p.read_bytes() for p in photos]}), root / "photos.parquet")
+    (root / "fields").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        np.save(root / "fields" / f"{i}.npy", rng.integers(0, 65536, (32, 32, 5), dtype=np.uint16))
 
 
 @pytest.mark.parametrize("words", commands())

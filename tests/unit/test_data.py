@@ -18,15 +18,10 @@ from PIL import Image
 from opendino.errors import ConfigError, DataError
 from opendino.images.sources import open_source
 from opendino.pretrain.crops import CropsConfig
-from opendino.pretrain.data import (
-    MAX_TRIES,
-    PretrainDataset,
-    StepSampler,
-    explain_death,
-    make_loader,
-    worker_deaths_explained,
-)
+from opendino.pretrain.data import MAX_TRIES, PretrainDataset, make_loader
+from opendino.pretrain.order import StepSampler
 from opendino.pretrain.photometric import apply_photometric
+from opendino.pretrain.workers import explain_death, worker_deaths_explained
 
 CROPS = CropsConfig(global_size=16, local_size=8, num_local=3)
 

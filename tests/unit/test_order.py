@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opendino.errors import ConfigError
-from opendino.pretrain.data import StepSampler
-from opendino.pretrain.order import FullShuffle, WindowedShuffle, choose_order
+from opendino.pretrain.order import FullShuffle, StepSampler, WindowedShuffle, choose_order
 
 groups_of = st.lists(st.integers(0, 30), min_size=1, max_size=25).filter(lambda g: sum(g) > 0).map(np.array)
 

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 
 import fsspec
@@ -12,14 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from opendino.errors import DataError
-from opendino.images import locations, tar_index
+from opendino.images import index_cache, locations
 from opendino.images.fingerprint import explain_change, fingerprint
 from opendino.images.sources import open_source
+from opendino.images.tar_index import TarIndex
 from opendino.images.tar_walk import walk_tar
 
 
@@ -233,9 +237,63 @@ def test_a_moved_set_keeps_its_index_and_a_damaged_index_is_made_anew(shards, im
     assert len(walked) == 3
 
 
+def test_a_listing_that_was_broken_off_goes_on(shards, images, walked):
+    whole = (shards / "s-002.tar").read_bytes()
+    (shards / "s-002.tar").write_bytes(b"\x1f\x8b" + bytes(1000))
+    with pytest.raises(DataError, match="s-002.tar is compressed"):
+        open_source(shards)
+    (shards / "s-002.tar").write_bytes(whole)
+    walked.clear()
+    assert contents(open_source(shards)) == list(images.values())
+    assert walked == ["s-002.tar"]
+    assert len(list(shards.glob(".opendino-index/*/about.json"))) == 1
+
+
+def test_a_long_listing_is_kept_on_the_way(shards, images, monkeypatch):
+    saved = []
+    real = TarIndex.save
+    monkeypatch.setattr(TarIndex, "save", lambda self, *args: saved.append(len(self)) or real(self, *args))
+    monkeypatch.setattr(index_cache, "KEEP_EVERY_S", 0.0)
+    assert contents(open_source(shards)) == list(images.values())
+    assert saved == [4, 8, 10]
+    assert len(list(shards.glob(".opendino-index/*/about.json"))) == 1
+
+
+def test_processes_that_open_shards_at_once_list_them_once(shards, images):
+    code = (
+        "import sys\nfrom opendino.images import shards\nreal = shards.index_shard\n"
+        "shards.index_shard = lambda *a: print('walked', flush=True) or real(*a)\n"
+        "from opendino.images.sources import open_source\nprint(len(open_source(sys.argv[1])))"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(shards)], stdout=subprocess.PIPE, text=True) for _ in "ab"
+    ]
+    out = "".join(run.communicate(timeout=60)[0] for run in runs)
+    assert out.count("walked") == 3
+    assert out.count("10") == 2
+
+
+def test_an_index_that_cannot_be_read_is_done_without(shards, images, walked, monkeypatch, caplog):
+    open_source(shards)
+
+    def refuse(*_):
+        raise PermissionError("another user's")
+
+    monkeypatch.setattr(TarIndex, "load", refuse)
+    monkeypatch.setattr("shutil.rmtree", lambda *a, **k: None)
+    assert contents(open_source(shards)) == list(images.values())
+    assert len(walked) == 6
+    assert "cannot be read (another user's)" in caplog.text
+    monkeypatch.undo()
+    folder = next(shards.glob(".opendino-index/*/about.json")).parent
+    umask = os.umask(0)
+    os.umask(umask)
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 def test_an_index_that_cannot_lie_beside_the_shards_goes_to_the_cache(shards, images, walked, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (shards / tar_index.FOLDER).write_text("in the way")
+    (shards / index_cache.FOLDER).write_text("in the way")
     for _ in range(2):
         assert contents(open_source(shards)) == list(images.values())
     assert len(walked) == 3
@@ -288,6 +346,11 @@ def test_class_names_of_hugging_face_are_used(tmp_path, images):
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), path)
     source = open_source(path)
     assert [i.label for i in source.items[:3]] == ["dog", "cat", "dog"]
+    odd = [[1, 2]] * 5 + [None] * 5
+    assert open_source(write_parquet(tmp_path / "b.parquet", images, label=odd)).classes == []
+    text = ["x", None] * 5
+    source = open_source(write_parquet(tmp_path / "c.parquet", images, label=text))
+    assert (source.classes, source.labels) == (["x"], [0, -1] * 5)
 
 
 def test_decoded_row_groups_are_kept_up_to_a_size(tmp_path, images, monkeypatch):
@@ -373,6 +436,13 @@ def test_urls_hold_the_same_images(place, memory, images):
     assert contents(open_source(f"memory://set/{place}")) == list(images.values())
 
 
+def test_a_local_list_may_name_urls(memory, images, tmp_path):
+    (tmp_path / "list.txt").write_text("".join(f"memory://set/photos/{int(k) % 2}/{k}.png\n" for k in images))
+    source = open_source(tmp_path / "list.txt")
+    assert source.remote
+    assert contents(source) == list(images.values())
+
+
 def test_a_folder_behind_a_url_has_its_classes(memory, images):
     source = open_source("memory://set/photos")
     assert source.classes == ["0", "1"]
@@ -402,6 +472,42 @@ def test_what_is_no_url():
                        ("memory://nowhere/{a,b}.tar", "cannot be opened")):  # fmt: skip
         with pytest.raises(DataError, match=words):
             open_source(url)
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    """Storage that fails some times before it answers."""
+
+    protocol = "flaky"
+    failures = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def cat_file(self, path, start=None, end=None, **options):
+        if FlakyFileSystem.failures:
+            FlakyFileSystem.failures -= 1
+            raise RuntimeError("throttled")
+        return super().cat_file(path, start, end, **options)
+
+    def isdir(self, path):
+        if "broken" in path:
+            raise RuntimeError("no credentials")
+        return super().isdir(path)
+
+
+def test_storage_that_fails_now_and_then_is_asked_again(memory, monkeypatch, images):
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    monkeypatch.setattr(locations, "PAUSES_S", (0.0, 0.0))
+    FlakyFileSystem.failures = 0
+    source = open_source("flaky://set/tar/s-*.tar")
+    FlakyFileSystem.failures = 2
+    assert source.read(3) == images["0003"]
+    FlakyFileSystem.failures = 3
+    with pytest.raises(DataError, match=r"flaky:///set/tar/s-000.tar cannot be read: RuntimeError: throttled"):
+        source.read(3)
+    with pytest.raises(DataError, match=r"flaky://broken cannot be opened: RuntimeError: no credentials. Check"):
+        open_source("flaky://broken")
 
 
 # --- folders -------------------------------------------------------------------------------------------------------

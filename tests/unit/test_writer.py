@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -180,3 +183,54 @@ def test_killed_and_started_again_every_image_has_one_row(tmp_path):
     paths = rows(out)["path"].to_pylist()
     assert sorted(os.path.basename(p) for p in paths) == [f"{i:04d}.png" for i in range(160)]
     assert json.loads((out / "manifest.json").read_text())["done"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "url"])
+def test_shards_give_the_vectors_of_their_images_and_go_on(kind, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(photos, tmp_path / "wanted")
+    files = sorted(photos.iterdir())
+    if kind == "parquet":
+        place = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"image": [p.read_bytes() for p in files]}), place, row_group_size=4)
+    else:
+        place = tmp_path / "a.tar"
+        with tarfile.open(place, "w") as tar:
+            for path in files:
+                tar.add(path, path.name)
+    if kind == "url":
+        fsspec.filesystem("memory").put_file(str(place), "/writer/a.tar")
+        place = Path("memory://writer/a.tar")  # as the command line gives it
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write(place, out, shard_rows=3, on_batch=interrupt_at(6))
+    write(place, out)
+    found, wanted = rows(out), rows(tmp_path / "wanted")
+    assert found["sha256"].to_pylist() == wanted["sha256"].to_pylist()
+    np.testing.assert_allclose(found["cls"].to_pylist(), wanted["cls"].to_pylist(), atol=1e-5)
+    assert len(set(found["path"].to_pylist())) == 10
+    assert all(
+        p.startswith("memory://writer/a.tar/" if kind == "url" else f"{place}") for p in found["path"].to_pylist()
+    )
+
+
+def interrupt_at(count):
+    def on_batch(rows, errors, total):
+        if rows >= count:
+            raise KeyboardInterrupt
+
+    return on_batch
+
+
+def test_sixteen_bit_images_of_many_channels_are_embedded(tmp_path):
+    torch.manual_seed(0)
+    config = ViTConfig(img_size=14, patch_size=7, embed_dim=8, depth=1, num_heads=2, in_chans=5)
+    spec = PreprocessSpec(resize=14, crop=14, mean=(0.5,) * 5, std=(0.2,) * 5)
+    model = VisionTransformer(config, spec).eval()
+    array = np.random.default_rng(0).integers(0, 65536, (14, 14, 5), dtype=np.uint16)
+    np.save(tmp_path / "a.npy", array)
+    features = Embedder(model)([tmp_path / "a.npy"])
+    assert features.errors == [None]
+    x = (torch.from_numpy(np.moveaxis(array, 2, 0).astype(np.float32))[None] / 65535 - 0.5) / 0.2
+    with torch.no_grad():
+        np.testing.assert_allclose(features.cls, model(x).numpy(), atol=1e-4)

@@ -27,7 +27,7 @@ class Args:
     """Arguments of `opendino embed`."""
 
     input: tyro.conf.Positional[Path]
-    """Folder of images, or a .txt or .csv list of them."""
+    """Folder, .txt or .csv list, tar shards or Parquet files of images, or a URL of these."""
     model: str
     """Model name, weight file, transformers folder or run folder."""
     out: Path

@@ -9,26 +9,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import struct
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from opendino.errors import ConfigError, DataError
-from opendino.images.decode import decode_image
+from opendino.errors import ConfigError, DataError, MissingExtraError
+from opendino.images.ahead import map_ahead
+from opendino.images.arrays import read_image
 from opendino.images.preprocess import Preprocess
-from opendino.images.sources import ImageSource, open_source
+from opendino.images.sources import ImageSource, SourceImage, open_source
 from opendino.models.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
@@ -42,8 +39,6 @@ ImageInput = Any
 
 _Computed = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[_Computed, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_T = TypeVar("_T")
-_S = TypeVar("_S")
 
 
 @dataclass(frozen=True)
@@ -167,25 +162,24 @@ class Embedder:
         """
         if isinstance(source, str | Path):
             source = open_source(source)
-        items: Iterable[ImageInput] = (i.path for i in source.items) if isinstance(source, ImageSource) else source
-        reads = _ahead(self._read, items, self.workers, 2 * self.batch_size)
+        items: Iterable[ImageInput] = source.images() if isinstance(source, ImageSource) else source
+        reads = map_ahead(self._read, items, self.workers, 2 * self.batch_size)
         while batch := list(islice(reads, self.batch_size)):
             yield self._pack(batch)
 
     def _read(self, item: ImageInput) -> _Read:
-        if not isinstance(item, str | Path):
+        if not isinstance(item, str | Path | SourceImage):
             return _Read("", self._checked(self.preprocess(item)))
-        path, sha256 = str(item), None
+        path, sha256 = item.path if isinstance(item, SourceImage) else str(item), None
         try:
-            data = Path(path).read_bytes()
+            data = item.data() if isinstance(item, SourceImage) else Path(path).read_bytes()
             sha256 = hashlib.sha256(data).hexdigest()
-            pixels = self.preprocess(decode_image(data, channels=self.model.config.in_chans))
+            pixels = self.preprocess.of_file(read_image(data, channels=self.model.config.in_chans, name=path))
             return _Read(path, self._checked(pixels), sha256)
+        except MissingExtraError:
+            raise
         except (DataError, OSError) as error:
-            return _Read(path, None, sha256, str(error).replace("<bytes>", path, 1) or type(error).__name__)
-        except (ArithmeticError, LookupError, EOFError, struct.error, zlib.error) as error:
-            # What image codecs let through on damaged files beside the errors they declare.
-            return _Read(path, None, sha256, f"{path} cannot be read as an image: {type(error).__name__} {error}")
+            return _Read(path, None, sha256, str(error) or type(error).__name__)
 
     def _checked(self, pixels: Tensor) -> Tensor:
         if tuple(pixels.shape) != self.input_shape:
@@ -291,24 +285,6 @@ def _checked_what(what: Sequence[str]) -> tuple[str, ...]:
     if not names or set(names) - set(get_args(What)):
         raise ConfigError(f"what is {names}; give one or more of {', '.join(get_args(What))}.")
     return tuple(n for n in get_args(What) if n in names)
-
-
-def _ahead(function: Callable[[_S], _T], items: Iterable[_S], workers: int, window: int) -> Iterator[_T]:
-    """Map in order with threads, never more than `window` results ahead of the consumer."""
-    if workers < 1:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="opendino-read")
-    waiting: deque[Future[_T]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _concat(parts: list[Features]) -> Features:

@@ -43,14 +43,14 @@ class Progress:
     errors: int = 0
     next_part: int = 0
 
-    def remaining(self, paths: Iterable[str]) -> list[str]:
-        """Give the inputs that have no row yet, in order; a path listed twice gets two rows."""
+    def remaining(self, paths: Iterable[str]) -> list[int]:
+        """Give the places of the inputs that have no row yet, in order; a path listed twice gets two rows."""
         left, missing = Counter(self.paths), []
-        for path in paths:
+        for place, path in enumerate(paths):
             if left[path] > 0:
                 left[path] -= 1
             else:
-                missing.append(path)
+                missing.append(place)
         return missing
 
 

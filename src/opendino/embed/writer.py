@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from opendino.embed.embedder import Embedder, Features
 from opendino.embed.resume import Progress, check_same, describe, scan, write_manifest
 from opendino.errors import ConfigError, DataError
-from opendino.images.sources import ImageSource
+from opendino.images import locations
+from opendino.images.sources import ImageSource, SourceImage
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 120.0
@@ -121,12 +122,13 @@ def embed_to_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = describe(embedder, model_name, os.path.abspath(source.root))
+    settings = describe(embedder, model_name, locations.absolute(source.root))
     report = on_batch or (lambda rows, errors, total: None)
     with _only_one(folder):
         check_same(folder, settings)
         progress = scan(folder)
-        remaining = progress.remaining(os.path.abspath(item.path) for item in source.items)
+        paths = [locations.absolute(source.name(i)) for i in range(len(source))]
+        remaining = [SourceImage(source, i, paths[i]) for i in progress.remaining(paths)]
         total = progress.count + len(remaining)
         writer = ShardWriter(folder, progress.next_part, shard_rows)
         write_manifest(folder, settings, progress, done=False)

@@ -12,7 +12,8 @@ import itertools
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from opendino.errors import DataError, MissingExtraError
 TAR = re.compile(r"\.(tar|tgz|tar\.\w+)$", re.IGNORECASE)
 OPEN_FILES = 64
 """Shards that a process keeps open."""
+PAUSES_S = (0.2, 1.0, 3.0)
+"""Between the tries of a read over a network."""
 STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems call the thing that changes when a file changes, the surest first."""
 
@@ -57,6 +60,11 @@ def is_pattern(place: str) -> bool:
 def parent(place: str) -> str:
     """Give the folder of a place."""
     return posixpath.dirname(place) if is_url(place) else os.path.dirname(place)
+
+
+def absolute(place: str) -> str:
+    """Give a path from the root of the file system; URLs are so already."""
+    return place if is_url(place) else os.path.abspath(place)
 
 
 def beside(folder: str, entry: str) -> str:
@@ -156,15 +164,35 @@ def read_whole(place: str) -> bytes:
     if not is_url(place):
         return Path(place).read_bytes()
     fs, inner = _filesystem(place)
-    return bytes(fs.cat_file(inner))
+    return _patiently(place, lambda: bytes(fs.cat_file(inner)))
 
 
 def read_range(place: str, offset: int, size: int) -> bytes:
     """Give `size` bytes of a file from `offset` on, fewer where it ends before."""
     if is_url(place):
         fs, inner = _filesystem(place)
-        return bytes(fs.cat_file(inner, start=offset, end=offset + size))
+        return _patiently(place, lambda: bytes(fs.cat_file(inner, start=offset, end=offset + size)))
     return _handle(place, os.getpid()).read(offset, size)
+
+
+def _patiently(place: str, read: Callable[[], bytes]) -> bytes:
+    """Try a read again when a network fails, so that a hiccup does not put another image into a batch.
+
+    Raises:
+        FileNotFoundError: at once.
+        DataError: when it fails every time, whatever the storage raised.
+    """
+    for pause in PAUSES_S:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except Exception:  # each kind of storage has errors of its own
+            time.sleep(pause)
+    try:
+        return read()
+    except Exception as error:
+        raise DataError(f"{place} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def open_binary(place: str, block_size: int = 4 << 20) -> Any:

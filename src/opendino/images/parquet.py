@@ -14,6 +14,7 @@ import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class ParquetSource(ImageSource):
         self.remote = any(locations.is_url(p) for p in paths)
         with ThreadPoolExecutor(THREADS) as pool:
             files = list(pool.map(_describe, paths))
-        self.column, self._schema_names = files[0]["image"], files[0]["names"]
+        self.column = files[0]["image"]
         for path, file in zip(paths, files, strict=True):
             if file["image"] != self.column:
                 raise DataError(
@@ -63,9 +64,8 @@ class ParquetSource(ImageSource):
         _readers.clear()  # a file may have been written anew
         if not len(self):
             raise DataError(f"{root} holds no images: its {len(paths)} Parquet files have no rows.")
-        self._label = next((n for n in LABEL_COLUMNS if n in self._schema_names), None)
-        self._class_names = files[0]["classes"]
-        self.classes, self._ids = self._read_labels()
+        self._label = next((n for n in LABEL_COLUMNS if all(n in f["names"] for f in files)), None)
+        self._class_names: list[str] = files[0]["classes"]
         self.max_window = self._window([size for f in files for size in f["bytes"]])
 
     def _window(self, sizes: list[int]) -> int:
@@ -79,7 +79,9 @@ class ParquetSource(ImageSource):
                 "files anew with a row_group_size of about %d.",
                 path, sizes[largest] / 1e9, max(1, rows * (64 << 20) // sizes[largest]),
             )  # fmt: skip
-        return max(int(KEPT_BYTES * len(self) / max(1, sum(sizes))), int(self.groups.max()))
+        # A window cuts a row group at either end, and both are kept whole.
+        room = KEPT_BYTES - 2 * sizes[largest]
+        return max(int(room * len(self) / max(1, sum(sizes))), int(self.groups.max()))
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -110,7 +112,12 @@ class ParquetSource(ImageSource):
 
     def label_ids(self) -> Labels:
         """Give (n,) int32, the index in `classes` of each image, -1 without label."""
-        return self._ids
+        return self._labels[1]
+
+    @property
+    def classes(self) -> list[str]:
+        """Sorted class names; empty without labels."""
+        return self._labels[0]
 
     def short_name(self, index: int) -> str:
         """Give the name of the file, "#" and the number of the row in it."""
@@ -122,17 +129,28 @@ class ParquetSource(ImageSource):
         digest.update(np.ascontiguousarray(self._firsts, dtype="<i8").data)
         return digest.hexdigest()
 
-    def _read_labels(self) -> tuple[list[str], Labels]:
-        """Read the label column; numbers get the names that Hugging Face keeps beside the schema."""
+    @cached_property
+    def _labels(self) -> tuple[list[str], Labels]:
+        """Read the label column when it is asked for; numbers get the names that Hugging Face keeps with it."""
+        import pyarrow as pa
+
+        none: tuple[list[str], Labels] = ([], np.full(len(self), -1, np.int32))
         if self._label is None:
-            return [], np.full(len(self), -1, np.int32)
-        values: list[Any] = []
-        for path in self.paths:
-            values += _parquet_file(path).read(columns=[self._label], use_threads=False).column(0).to_pylist()
-        if self._class_names:
-            names = self._class_names
-            values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else None for v in values]
-        return number_classes([None if v is None else str(v) for v in values])
+            return none
+        columns = [_parquet_file(p).read(columns=[self._label], use_threads=False).column(0) for p in self.paths]
+        try:
+            text = pa.chunked_array([chunk for c in columns for chunk in c.cast(pa.string()).chunks], pa.string())
+        except pa.ArrowException:  # a list of labels, or something else that is no class
+            return none
+        coded = text.combine_chunks().dictionary_encode()
+        names = [self._class_name(value) for value in coded.dictionary.to_pylist()]
+        classes, ids = number_classes([*names, None])
+        return classes, ids[coded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)]
+
+    def _class_name(self, value: str) -> str | None:
+        if not self._class_names or not value.lstrip("-").isdigit():
+            return value
+        return self._class_names[int(value)] if 0 <= int(value) < len(self._class_names) else None
 
 
 def _parquet_file(path: str) -> Any:
@@ -142,7 +160,7 @@ def _parquet_file(path: str) -> Any:
     try:
         if locations.is_url(path):
             return pq.ParquetFile(locations.open_binary(path))
-        return pq.ParquetFile(path, memory_map=True)
+        return pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}. It may be cut off; copy it again.") from error
     except OSError as error:

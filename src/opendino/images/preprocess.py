@@ -63,10 +63,13 @@ class Preprocess:
 
     def __call__(self, image: Any) -> Tensor:
         """Give float32 (C, height, width) from a uint8 tensor (C, H, W), PIL image or uint8 array (H, W, C)."""
-        pixels = to_tensor(image, self.spec.num_channels)
+        return self.of_file(to_tensor(image, self.spec.num_channels))
+
+    def of_file(self, pixels: Tensor) -> Tensor:
+        """Give float32 (C, height, width) from what `read_image` gives: (C, H, W), uint8 or float32, 0–255."""
         fitted = {"crop": self._crop, "resize": self._resize, "pad": self._pad}[self.fit](pixels)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
-        return (fitted.float() / 255 - mean) / std
+        return (fitted.float().clamp(0, 255) / 255 - mean) / std  # floats overshoot where they are resized
 
     def __repr__(self) -> str:
         return f"Preprocess({self.height}x{self.width}, fit={self.fit!r}, {self.spec!r})"
@@ -91,7 +94,7 @@ class Preprocess:
         h, w = pixels.shape[-2:]
         scale = min(self.height / h, self.width / w)
         resized = self._scaled(pixels, min(round(h * scale), self.height), min(round(w * scale), self.width))
-        fill = (torch.tensor(self.spec.mean) * 255).round().to(torch.uint8).view(-1, 1, 1)
+        fill = (torch.tensor(self.spec.mean) * 255).round().to(pixels.dtype).view(-1, 1, 1)
         canvas = fill.expand(-1, self.height, self.width).clone()
         canvas[:, : resized.shape[-2], : resized.shape[-1]] = resized
         return canvas

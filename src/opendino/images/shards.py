@@ -19,8 +19,9 @@ import numpy as np
 
 from opendino.errors import DataError
 from opendino.images import locations
+from opendino.images.index_cache import load_or_build
 from opendino.images.sources import ARRAYS, EXTENSIONS, ImageSource, Labels
-from opendino.images.tar_index import TarIndex, load_or_build
+from opendino.images.tar_index import TarIndex
 from opendino.images.tar_walk import Member, walk_tar
 
 log = logging.getLogger("opendino")
@@ -52,7 +53,6 @@ class TarSource(ImageSource):
                 log.warning("%s", f"{path} {note}")
         if not len(self.index):
             raise DataError(f"{root} holds no images: no member of its {len(paths)} tar files is one.")
-        self.classes = self.index.classes
         self.groups = _runs(np.diff(self.index.firsts))
 
     def __len__(self) -> int:
@@ -74,6 +74,11 @@ class TarSource(ImageSource):
         if len(data) != size:
             raise DataError(f"{self.name(index)} is cut off: {path} has become shorter since it was indexed.")
         return data
+
+    @property
+    def classes(self) -> list[str]:
+        """Sorted class names; empty without labels."""
+        return self.index.classes
 
     def label_ids(self) -> Labels:
         """Give (n,) int32, the index in `classes` of each image, -1 without label."""

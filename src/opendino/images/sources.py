@@ -10,7 +10,7 @@ import csv
 import io
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -18,7 +18,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from opendino.errors import DataError
+from opendino.errors import DataError, OpendinoError
 from opendino.images import locations
 from opendino.images.packed import PackedText
 
@@ -45,7 +45,6 @@ class ImageSource(ABC):
 
     Attributes:
         root: what was opened.
-        classes: sorted class names; empty without labels.
         groups: sizes of the runs of neighbouring images that are cheap to read together, for sources whose order should
             keep to them; None where any order is as good.
         max_window: images that an order may mix at a time, so that what a worker keeps decoded suffices; None: any.
@@ -53,7 +52,6 @@ class ImageSource(ABC):
     """
 
     root: str
-    classes: list[str]
     groups: npt.NDArray[np.int64] | None = None
     max_window: int | None = None
     remote: bool = False
@@ -73,6 +71,11 @@ class ImageSource(ABC):
             DataError, OSError: when it is not there any more.
         """
 
+    @property
+    @abstractmethod
+    def classes(self) -> list[str]:
+        """Sorted class names; empty without labels."""
+
     @abstractmethod
     def label_ids(self) -> Labels:
         """Give (n,) int32, the index in `classes` of each image, -1 without label."""
@@ -90,10 +93,34 @@ class ImageSource(ABC):
         """The images as (path, label); made when asked for, so that a long list costs nothing."""
         return _Items(self)
 
+    def images(self) -> Iterator[SourceImage]:
+        """Go through the images, to be read when they are wanted."""
+        return (SourceImage(self, i, self.name(i)) for i in range(len(self)))
+
     @property
     def labels(self) -> list[int]:
         """Index in `classes` of each image, -1 without label."""
         return [int(i) for i in self.label_ids()]
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """One image of a source, read when it is wanted.
+
+    Attributes:
+        source: it belongs to.
+        index: in the source.
+        path: what it is called.
+    """
+
+    source: ImageSource
+    index: int
+    path: str
+
+    def data(self) -> bytes:
+        """Read the bytes of its file."""
+        found = self.source.read(self.index)
+        return Path(found).read_bytes() if isinstance(found, str) else found
 
 
 class _Items(Sequence[ImageItem]):
@@ -127,8 +154,9 @@ class FileSource(ImageSource):
 
     def __init__(self, root: str, base: str, paths: Iterable[str], labels: Sequence[str | None]) -> None:
         self.root, self._base, self._paths = root, base, PackedText.of(paths)
-        self.classes, self._labels = number_classes(labels)
-        self.remote = locations.is_url(base)
+        self._classes, self._labels = number_classes(labels)
+        first = self._paths[0] if len(self._paths) else ""
+        self.remote = locations.is_url(base) or locations.is_url(first)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -141,6 +169,11 @@ class FileSource(ImageSource):
         """Give the path of a local image, the bytes of a remote one."""
         name = self.name(index)
         return locations.read_whole(name) if locations.is_url(name) else name
+
+    @property
+    def classes(self) -> list[str]:
+        """Sorted class names; empty without labels."""
+        return self._classes
 
     def label_ids(self) -> Labels:
         """Give (n,) int32, the index in `classes` of each image, -1 without label."""
@@ -176,6 +209,20 @@ def open_source(path: str | Path) -> ImageSource:
         MissingExtraError: for a URL without fsspec.
     """
     place = locations.as_location(path)
+    if not locations.is_url(place):
+        return _open(place)
+    try:
+        return _open(place)
+    except OpendinoError:
+        raise
+    except Exception as error:  # each kind of storage has errors of its own
+        raise DataError(
+            f"{place} cannot be opened: {type(error).__name__}: {error}. Check the address, the network and your "
+            "credentials for that storage."
+        ) from error
+
+
+def _open(place: str) -> ImageSource:
     if locations.is_pattern(place):
         return _shards(place, locations.expand(place))
     if locations.is_folder(place):
@@ -183,8 +230,8 @@ def open_source(path: str | Path) -> ImageSource:
     suffix = locations.suffix(place)
     if not locations.is_file(place):
         raise DataError(
-            f"{path} does not exist. Give a folder of images, a .txt list, a .csv, .tar or .parquet files, or an image "
-            "file."
+            f"{place} does not exist. Give a folder of images, a .txt list, a .csv, .tar or .parquet files, or an "
+            "image file."
         )
     if suffix == ".txt":
         lines = [line for line in map(str.strip, _text(place).splitlines()) if line]

@@ -15,6 +15,8 @@ from opendino.errors import DataError
 BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 TOOLS = {"gzip": "gunzip", "bzip2": "bunzip2", "xz": "unxz", "zstd": "unzstd"}
+PLAIN, EXTENDED, WITHOUT_PAYLOAD = b"0\x007", b"LKxg", b"123456"
+"""Types of members: files; headers about the next member or all that follow; links, devices and folders."""
 MAX_EXTENDED = 1 << 20
 """Bytes of a long name or a pax header; more is damage."""
 
@@ -54,40 +56,40 @@ def walk_tar(file: Any, size: int, place: str, use: Callable[[Member], None]) ->
         DataError: when it is compressed, or no tar at all.
     """
     position = 0
-    extended: dict[str, str] = {}
-    common: dict[str, str] = {}
+    own: dict[str, str] = {}  # of the next member, from the headers before it
+    common: dict[str, str] = {}  # of all members that follow
     try:
-        while True:
-            header = _exactly(file, position, BLOCK, size)
-            if not header.strip(b"\0"):
-                return None
+        while (header := _exactly(file, position, BLOCK, size)).strip(b"\0"):
             if position == 0:
                 _refuse_other_files(header, place)
-            length, kind = _number(header[124:136]), header[156:157]
+            length, kind, data = _number(header[124:136]), header[156:157], position + BLOCK
             if not _is_header(header) or length < 0:
                 raise _DamagedError(f"has no valid header at byte {position}")
-            data = position + BLOCK
-            if kind in b"LKxg" and kind:
-                if length > MAX_EXTENDED:
-                    raise _DamagedError(f"has a header of {length} bytes at byte {position}")
-                payload = _exactly(file, data, length, size)
-                if kind == b"L":
-                    extended["path"] = _text(payload)
-                elif kind != b"K":
-                    (extended if kind == b"x" else common).update(_pax(payload))
+            if kind in EXTENDED:
+                (common if kind == b"g" else own).update(_extended(file, kind, data, length, size))
             else:
-                fields = common | extended
-                length = int(fields.get("size", length))
-                if kind in (b"0", b"\0", b"7"):
+                fields = common | own
+                own = {}
+                length = 0 if kind in WITHOUT_PAYLOAD else int(fields.get("size", length))
+                name = fields.get("path") or _name(header)
+                if kind in PLAIN:
                     if data + length > size:
-                        raise _DamagedError(f"ends in the middle of {fields.get('path') or _name(header)}")
-                    use(Member(fields.get("path") or _name(header), data, length))
-                elif kind in b"12" or kind in b"3456":  # links, devices and folders have no payload
-                    length = 0
-                extended = {}
+                        raise _DamagedError(f"ends in the middle of {name}")
+                    use(Member(name, data, length))
             position = data + -(-length // BLOCK) * BLOCK
     except _DamagedError as damage:
         return str(damage)
+    return None
+
+
+def _extended(file: Any, kind: bytes, data: int, length: int, size: int) -> dict[str, str]:
+    """Read a long name or a pax header."""
+    if length > MAX_EXTENDED:
+        raise _DamagedError(f"has a header of {length} bytes at byte {data - BLOCK}")
+    payload = _exactly(file, data, length, size) if length else b""
+    if kind in b"xg":
+        return _pax(payload)
+    return {"path": _text(payload)} if kind == b"L" else {}
 
 
 def _exactly(file: Any, position: int, count: int, size: int) -> bytes:

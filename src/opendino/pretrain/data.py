@@ -8,38 +8,30 @@ the same pair, and reported. So the state of a loader is the number of the next 
 
 from __future__ import annotations
 
-import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from opendino.errors import ConfigError, DataError, MissingExtraError
+from opendino.errors import DataError, MissingExtraError
 from opendino.images.arrays import read_image
 from opendino.images.sources import ImageSource
 from opendino.pretrain.crops import RETRY_STREAM, CropsConfig, by_pixel, multi_crop, sample_rng
 from opendino.pretrain.float_crops import multi_crop_float
-from opendino.pretrain.order import FullShuffle, Order, choose_order
+from opendino.pretrain.order import Request, StepSampler, choose_order
 from opendino.pretrain.photometric import PhotometricParams, check_channels, draw_global_and_local
+from opendino.pretrain.workers import leave_signals_to_parent, worker_deaths_explained
 
 MAX_TRIES = 64
 """Images tried for one sample before the data set counts as unreadable."""
 PREFETCH = 2
-TERM_GRACE_S = 10
-"""How long a worker lives after SIGTERM, so that the trainer can finish its step and save."""
 REMOTE_READS = 16
 """Images that one worker fetches from a network at a time."""
-DEATH_NOTICE_S = 2.0
-"""How long the news of a worker's death may take."""
 SHUFFLE_BUFFER = 8192
 """Images that are shuffled together where neighbours are read together."""
-Request = tuple[int, int]
-"""(image index, sample counter)."""
 ImageError = tuple[str, str]
 """(path, reason)."""
 
@@ -181,68 +173,6 @@ class PretrainDataset(Dataset[Sample]):
         return image
 
 
-class StepSampler(Sampler[list[Request]]):
-    """The (index, counter) pairs of each step, as a pure function of (seed, step).
-
-    An epoch is a fresh order of all images, cut into whole batches; the images that are left over differ from epoch to
-    epoch, and no batch has an image twice.
-
-    Args:
-        num_images: size of the data set.
-        batch_size: images per step over all processes, at most `num_images`.
-        seed: of the run.
-        start_step: the first step to yield.
-        num_steps: how many to yield; None goes on for ever.
-        order: of the images in each epoch; default: a full shuffle.
-        shard: (r, n): this is process r of n, which takes the r-th n-th of each batch. The counters stay those of the
-            whole batch, so what a sample becomes does not depend on n.
-
-    Raises:
-        DataError: when there are fewer images than one batch needs.
-        ConfigError: when the batch does not divide by the number of processes.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        num_steps: int | None = None,
-        *,
-        order: Order | None = None,
-        shard: tuple[int, int] = (0, 1),
-    ) -> None:
-        if num_images < batch_size:
-            raise DataError(
-                f"There are {num_images} images and a batch is {batch_size}. Add images or lower the batch."
-            )
-        rank, processes = shard
-        assert 0 <= rank < processes
-        if batch_size % processes:
-            raise ConfigError(
-                f"A batch of {batch_size} images cannot be shared evenly by {processes} processes. Give a batch size "
-                f"that is a multiple of {processes}."
-            )
-        self.num_images, self.batch_size = num_images, batch_size
-        self.start_step, self.num_steps = start_step, num_steps
-        self.order = order or FullShuffle(num_images, seed)
-        self._first, self._count = rank * (batch_size // processes), batch_size // processes
-
-    def __iter__(self) -> Iterator[list[Request]]:
-        step = self.start_step
-        while self.num_steps is None or step < self.start_step + self.num_steps:
-            yield self.at(step)
-            step += 1
-
-    def at(self, step: int) -> list[Request]:
-        """Give the (index, counter) pairs of one step for this process."""
-        epoch, place = divmod(step, self.num_images // self.batch_size)
-        first = place * self.batch_size + self._first
-        indices = self.order.at(epoch, first, first + self._count).tolist()
-        return [(index, step * self.batch_size + self._first + i) for i, index in enumerate(indices)]
-
-
 def collate(samples: list[Sample]) -> Batch:
     """Put B samples together, crop-major; 8-bit ones become floats when a 16-bit one is among them."""
     if len({s.global_crops.dtype for s in samples}) > 1:
@@ -306,7 +236,7 @@ def make_loader(
         num_workers=num_workers,
         collate_fn=collate,
         prefetch_factor=PREFETCH if num_workers else None,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),
     )
     return _batches(loader)
@@ -318,49 +248,3 @@ def _batches(loader: DataLoader[Sample]) -> Iterator[Batch]:
             yield from loader
     except DataError as error:  # of a worker: its message carries a traceback that says nothing to users
         raise DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1]) from None
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """A Ctrl-C or a batch system's warning goes to every process; the trainer still needs a worker's batches then.
-
-    torch itself ends workers that hang by SIGTERM, so this one is only put off.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(TERM_GRACE_S))
-
-
-@contextmanager
-def worker_deaths_explained() -> Iterator[None]:
-    """Turn torch's error about a worker process that died into a DataError.
-
-    torch may raise it anywhere in the main thread, not only where a batch is asked for; wrap the whole loop.
-    """
-    try:
-        try:
-            yield
-        except (ConnectionError, EOFError, FileNotFoundError):
-            # A worker that dies cuts its connection first; torch hears of its death a moment later, and raises.
-            time.sleep(DEATH_NOTICE_S)
-            raise
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise DataError(explain_death(str(error))) from None
-
-
-def explain_death(message: str) -> str:
-    """Say what torch's message about a dead worker means, and what to do."""
-    number = next((word.strip("().,") for word in message.split() if word.strip("().,").isdigit()), "?")
-    if "Bus error" in message:
-        return (
-            f"A process that reads images (pid {number}) was ended because the shared memory in /dev/shm is full. Give "
-            "the machine or container more of it (docker run --shm-size 8g), or lower --num-workers or --batch-size."
-        )
-    how = message.split("killed by signal: ", 1)[1].split(".")[0] if "killed by signal: " in message else "exited"
-    return (
-        f"A process that reads images (pid {number}) died ({how}). Mostly this is the system ending the largest "
-        "process when memory runs out: lower --num-workers, do without --cache-images, or take more memory; the "
-        "system's log (dmesg) tells. The run can be resumed."
-    )

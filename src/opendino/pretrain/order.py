@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which image is at which place of an epoch, as a pure function of (seed, epoch)."""
+"""Which images a step has, as a pure function of (seed, step), for any number of processes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch.utils.data import Sampler
 
-from opendino.errors import ConfigError
+from opendino.errors import ConfigError, DataError
 from opendino.images.sources import ImageSource
 from opendino.pretrain.crops import ORDER_STREAM, sample_rng
 
 WINDOW_STREAM = 16
 """Use of (seed, epoch) for the shuffles inside windows; the low numbers are the crops'."""
 WINDOWS_KEPT = 2
+Request = tuple[int, int]
+"""(image index, sample counter)."""
 Indices = npt.NDArray[np.int64]
 
 
@@ -107,3 +111,65 @@ def choose_order(source: ImageSource, seed: int, shuffle_buffer: int) -> Order:
     if source.groups is None:
         return FullShuffle(len(source), seed)
     return WindowedShuffle(source.groups, min(shuffle_buffer, source.max_window or shuffle_buffer), seed)
+
+
+class StepSampler(Sampler[list[Request]]):
+    """The (index, counter) pairs of each step, as a pure function of (seed, step).
+
+    An epoch is a fresh order of all images, cut into whole batches; the images that are left over differ from epoch to
+    epoch, and no batch has an image twice.
+
+    Args:
+        num_images: size of the data set.
+        batch_size: images per step over all processes, at most `num_images`.
+        seed: of the run.
+        start_step: the first step to yield.
+        num_steps: how many to yield; None goes on for ever.
+        order: of the images in each epoch; default: a full shuffle.
+        shard: (r, n): this is process r of n, which takes the r-th n-th of each batch. The counters stay those of the
+            whole batch, so what a sample becomes does not depend on n.
+
+    Raises:
+        DataError: when there are fewer images than one batch needs.
+        ConfigError: when the batch does not divide by the number of processes.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        num_steps: int | None = None,
+        *,
+        order: Order | None = None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        if num_images < batch_size:
+            raise DataError(
+                f"There are {num_images} images and a batch is {batch_size}. Add images or lower the batch."
+            )
+        rank, processes = shard
+        assert 0 <= rank < processes
+        if batch_size % processes:
+            raise ConfigError(
+                f"A batch of {batch_size} images cannot be shared evenly by {processes} processes. Give a batch size "
+                f"that is a multiple of {processes}."
+            )
+        self.num_images, self.batch_size = num_images, batch_size
+        self.start_step, self.num_steps = start_step, num_steps
+        self.order = order or FullShuffle(num_images, seed)
+        self._first, self._count = rank * (batch_size // processes), batch_size // processes
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        step = self.start_step
+        while self.num_steps is None or step < self.start_step + self.num_steps:
+            yield self.at(step)
+            step += 1
+
+    def at(self, step: int) -> list[Request]:
+        """Give the (index, counter) pairs of one step for this process."""
+        epoch, place = divmod(step, self.num_images // self.batch_size)
+        first = place * self.batch_size + self._first
+        indices = self.order.at(epoch, first, first + self._count).tolist()
+        return [(index, step * self.batch_size + self._first + i) for i, index in enumerate(indices)]

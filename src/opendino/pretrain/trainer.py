@@ -25,7 +25,7 @@ from opendino.models.config import PreprocessSpec
 from opendino.models.vit import VisionTransformer
 from opendino.pretrain.checkpoint import Checkpointer
 from opendino.pretrain.config import PretrainConfig
-from opendino.pretrain.data import Batch, make_loader, worker_deaths_explained
+from opendino.pretrain.data import Batch, make_loader
 from opendino.pretrain.engine import Engine
 from opendino.pretrain.flops import speed_figures
 from opendino.pretrain.interrupts import StopRequest, TrainingStopped
@@ -34,6 +34,7 @@ from opendino.pretrain.run_folder import Record, RunFolder
 from opendino.pretrain.schedules import cosine_schedule, linear_warmup, scaled_lr
 from opendino.pretrain.spread import whole_teacher
 from opendino.pretrain.student_teacher import StudentTeacher
+from opendino.pretrain.workers import worker_deaths_explained
 
 log = logging.getLogger("opendino")
 Probe = Callable[[VisionTransformer], dict[str, float]]
