@@ -8,22 +8,28 @@ it is drawn for. Values are those of torchvision's operations on floats in [0, 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import pad
 
 from opendino.errors import ConfigError
 from opendino.pretrain.crops import CropsConfig
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR_KERNEL = 9
-SOLARIZE_THRESHOLD = 128 / 255
+TILE = 16
+CHUNK_VALUES = 3 * 224 * 224
+"""Values that go through all operations together on a CPU: 600 KB, which with a copy is about a core's own cache."""
+SIGN = 2.0**24
+"""Factor that makes -1 or 1 of all but the smallest differences, when clamped."""
 ORDERS = tuple(permutations(range(4)))
 IDENTITY = np.array([1, 1, 1, 0], np.float32)
 DRAWS = 10
@@ -49,6 +55,10 @@ class PhotometricParams:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def take(self, rows: np.ndarray[Any, Any]) -> PhotometricParams:
+        """Give the parameters of some crops."""
+        return PhotometricParams(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @classmethod
     def crop_major(cls, samples: Sequence[PhotometricParams]) -> PhotometricParams:
@@ -97,7 +107,8 @@ def draw_global_and_local(
 def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsConfig) -> Tensor:
     """Apply drawn colour parameters to a batch, and normalise it.
 
-    Saturation, hue and grey are for three channels; other images go without them.
+    Saturation, hue and grey are for three channels; other images go without them. On a CPU a few crops at a time go
+    through all operations, so that they stay in its cache; other devices take the whole batch at once.
 
     Args:
         crops: uint8 (n, C, s, s), on any device.
@@ -111,15 +122,15 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
         ConfigError: when mean and std are for another number of channels.
     """
     check_channels(config, crops.shape[1])
-    x = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-    _jitter_(x, params)
-    if x.shape[1] == 3:
-        _on_subset_(x, params.grey, lambda part, rows: to_grey_(part))
-    _on_subset_(x, params.sigma > 0, lambda part, rows: blur(part, torch.from_numpy(params.sigma[rows])))
-    _on_subset_(x, params.solarize, lambda part, rows: solarize_(part))
-    scale = 1 / x.new_tensor(config.std)
-    shift = -x.new_tensor(config.mean) * scale
-    return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
+    out = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+    scale = 1 / torch.tensor(config.std)
+    scale, shift = (v[:, None, None].to(crops.device) for v in (scale, -torch.tensor(config.mean) * scale))
+    with torch.no_grad():
+        for rows in _chunks(crops, params):
+            x = _take(crops, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+            _change_colours_(x, params.take(rows))
+            _put_(out, rows, x.mul_(scale).add_(shift))
+    return out
 
 
 def check_channels(config: CropsConfig, channels: int) -> None:
@@ -152,21 +163,31 @@ def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue_(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of (n, 3, h, w) by (n,) shifts in -0.5–0.5 turns, in place.
 
-    Hue h is counted in sixths of a turn from red, in [-3, 3]. With channels r', g', b' stretched to [0, 1] its distance
-    from red is 1 - r' + g' + b', and its sign that of g - b. Lightest value and chroma of each pixel stay, so that
-    every channel is the pixel's minimum + chroma · ramp(h). No comparisons: these are the slow operations on a CPU.
+    The lightest and the darkest value of a pixel stay. As the hue turns, each channel goes up, stays, goes down and
+    stays for 1, 2, 1 and 2 sixths of a turn. Drawn on without its flat parts, channel c stands at 2·c - mid, mid being
+    the pixel's middle value; a turn of t sixths moves it by t · chroma down or up, as the hue lies on the one or the
+    other side of that channel's colour, and the flat parts are a clamp. This holds for at most one sixth, and larger
+    turns are made in steps. No comparisons and no divisions: these are the slow operations on a CPU.
     """
-    r, g, b = x.unbind(1)
-    low = torch.minimum(torch.minimum(r, g), b)
-    chroma = torch.maximum(torch.maximum(r, g), b).sub_(low)
-    inverse = chroma.clamp_min(1e-12).reciprocal_()
-    distance = (g + b).sub_(r).sub_(low).mul_(inverse).add_(1)
-    hue = distance.copysign_(g - b).add_(6 * shift[:, None, None])
-    hue.sub_((hue * (1 / 6)).floor_().mul_(6))
-    torch.addcmul(low, (hue - 3).abs_().sub_(1).clamp_(0, 1), chroma, out=r)
-    torch.addcmul(low, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), chroma, out=g)
-    torch.addcmul(low, (hue - 4).abs_().neg_().add_(2).clamp_(0, 1), chroma, out=b)
+    sixths = 6 * shift
+    steps = max(math.ceil(float(sixths.abs().max())), 1) if len(shift) and shift.device.type == "cpu" else 3
+    for _ in range(steps):
+        _turn_hue_(x, _column(sixths / steps))
     return x
+
+
+def _turn_hue_(x: Tensor, sixths: Tensor) -> None:
+    r, g, b = x.unbind(1)
+    low, high = torch.minimum(r, g), torch.maximum(r, g)
+    torch.minimum(low, b, out=low)
+    torch.maximum(high, b, out=high)
+    minus_mid = torch.add(low, high).sub_(r).sub_(g).sub_(b)
+    side = torch.empty_like(x)
+    for one, other, out in ((g, b, 0), (b, r, 1), (r, g, 2)):
+        torch.sub(one, other, out=side[:, out])
+    side.mul_(SIGN).clamp_(-1, 1).mul_((high - low)[:, None])
+    torch.add(minus_mid[:, None], x, alpha=2, out=x).addcmul_(side, sixths, value=-1)
+    torch.clamp(x, low[:, None], high[:, None], out=x)
 
 
 def to_grey_(x: Tensor) -> Tensor:
@@ -180,20 +201,51 @@ def luma(x: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur (n, C, h, w) with Gaussian kernels of 9 pixels and (n,) sigmas, reflected at the borders."""
+    """Blur (n, C, h, w) with Gaussian kernels of 9 pixels and (n,) sigmas, reflected at the borders.
+
+    A convolution as products with small banded matrices: `step` outputs at a time from step + 8 inputs, first along the
+    columns, then along the rows.
+    """
     n, channels, height, width = x.shape
+    half = BLUR_KERNEL // 2
+    (down, step), (right, stride) = _tiles(height), _tiles(width)
+    # One tile of rows more than needed: so are all windows of all planes equally far from each other in memory.
+    tall, wide = (down + 1) * step, right * stride + 2 * half
+    padded = pad(x, (half, wide - width - half, half, tall - height - half), mode="reflect")
+    count = n * channels * (down + 1) - 1
+    windows = padded.as_strided((count, step + 2 * half, wide), (step * wide, wide, 1))
+    bands = _bands(sigma, step).to(x.device)
+    rows = torch.bmm(bands.repeat_interleave(channels * (down + 1), dim=0)[:count], windows)
+    plane = tall * wide
+    windows = rows.as_strided(
+        (n, channels, height, right, stride + 2 * half), (channels * plane, plane, wide, stride, 1)
+    ).reshape(n, channels * height * right, stride + 2 * half)
+    bands = _bands(sigma, stride).to(x.device)
+    return torch.bmm(windows, bands.transpose(1, 2)).view(n, channels, height, right * stride)[..., :width]
+
+
+def _tiles(size: int) -> tuple[int, int]:
+    """Cut a length into equal tiles of at most 16, the last of which may reach over: their number and length."""
+    number = math.ceil(size / TILE)
+    return number, math.ceil(size / number)
+
+
+def _bands(sigma: Tensor, step: int) -> Tensor:
+    """Give (n, step, step + 8) matrices whose row i is the kernel of 9 values that starts in column i."""
     half = BLUR_KERNEL // 2
     offset = torch.arange(-half, half + 1, dtype=torch.float32)
     weights = torch.softmax(-0.5 * (offset / sigma[:, None]).square(), dim=1)
-    weights = weights.to(x.device).repeat_interleave(channels, dim=0)[:, None, None]
-    planes = pad(x, (half,) * 4, mode="reflect").reshape(1, n * channels, height + 2 * half, width + 2 * half)
-    rows = conv2d(planes, weights, groups=n * channels)
-    return conv2d(rows, weights.transpose(2, 3), groups=n * channels).reshape(x.shape)
+    rows = pad(weights, (0, step)).repeat(1, step)  # rows one longer than the matrix's move right by one when re-cut
+    return rows[:, : step * (step + 2 * half)].view(len(sigma), step, step + 2 * half)
 
 
 def solarize_(x: Tensor) -> Tensor:
-    """Invert the values of 128/255 and more, in place."""
-    return x.copy_(torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x))
+    """Invert the values of 128/255 and more, in place.
+
+    The smaller of x and 1 - x: between 127/255 and 128/255, where no 8-bit value lies, this is at most 1/255 from
+    inverting at 128/255, and it has no jump.
+    """
+    return torch.minimum(x, 1 - x, out=x)
 
 
 _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
@@ -201,24 +253,66 @@ _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 )  # fmt: skip
 
 
+def _chunks(crops: Tensor, params: PhotometricParams) -> Iterator[np.ndarray[Any, Any]]:
+    """Give the rows to do at once: on a CPU a cacheful, those with the same operations together."""
+    if crops.device.type != "cpu":
+        yield np.arange(len(params))
+        return
+    at_once = max(CHUNK_VALUES // max(crops[:1].numel(), 1), 1)
+    rows = np.lexsort((params.grey, params.sigma > 0, params.order))
+    for same in np.split(rows, np.flatnonzero(np.diff(params.order[rows])) + 1):
+        yield from (same[i : i + at_once] for i in range(0, len(same), at_once))
+
+
+def _change_colours_(x: Tensor, params: PhotometricParams) -> None:
+    _jitter_(x, params)
+    if x.shape[1] == 3:
+        _on_subset_(x, params.grey, lambda part, rows: to_grey_(part))
+    _on_subset_(x, params.sigma > 0, lambda part, rows: blur(part, torch.from_numpy(params.sigma[rows])))
+    _on_subset_(x, params.solarize, lambda part, rows: solarize_(part))
+
+
 def _jitter_(x: Tensor, params: PhotometricParams) -> None:
     """Run each operation at once on all crops that have it at the same place of their order."""
     usable = range(4) if x.shape[1] == 3 else range(2)
     active = [k for k in usable if (params.factors[:, k] != IDENTITY[k]).any()]
-    factors = torch.from_numpy(params.factors).to(x.device)
+    factors = torch.from_numpy(params.factors)
     steps = np.array((*ORDERS, (-1,) * 4))[params.order]
     for place in range(4):
         for k in active:
-            rows = torch.from_numpy(np.flatnonzero(steps[:, place] == k)).to(x.device)
-            if len(rows):
-                x.index_copy_(0, rows, _JITTER[k](x.index_select(0, rows), factors[rows, k]))
+            _on_subset_(x, steps[:, place] == k, partial(_jitter_once, k, factors))
+
+
+def _jitter_once(k: int, factors: Tensor, x: Tensor, rows: np.ndarray[Any, Any]) -> Tensor:
+    return _JITTER[k](x, factors[rows, k].to(x.device))
 
 
 def _on_subset_(x: Tensor, where: np.ndarray[Any, Any], change: Callable[[Tensor, Any], Tensor]) -> None:
+    """Change the crops of a subset; `change` may work in place."""
     rows = np.flatnonzero(where)
     if len(rows):
-        at = torch.from_numpy(rows).to(x.device)
-        x.index_copy_(0, at, change(x.index_select(0, at), rows))
+        part = _take(x, rows)
+        changed = change(part, rows)
+        if changed is not part or not _is_range(rows):
+            _put_(x, rows, changed)
+
+
+def _is_range(rows: np.ndarray[Any, Any]) -> bool:
+    return int(rows[-1] - rows[0]) == len(rows) - 1 and bool((np.diff(rows) == 1).all())
+
+
+def _take(x: Tensor, rows: np.ndarray[Any, Any]) -> Tensor:
+    """Give some crops, without copying them where they lie one after the other."""
+    if _is_range(rows):
+        return x[rows[0] : rows[-1] + 1]
+    return x.index_select(0, torch.from_numpy(rows).to(x.device))
+
+
+def _put_(x: Tensor, rows: np.ndarray[Any, Any], values: Tensor) -> None:
+    if _is_range(rows):
+        x[rows[0] : rows[-1] + 1] = values
+    else:
+        x.index_copy_(0, torch.from_numpy(rows).to(x.device), values)
 
 
 def _column(values: Tensor) -> Tensor:
