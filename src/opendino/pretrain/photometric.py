@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache
 from itertools import permutations
 from typing import Any
 
@@ -25,7 +25,7 @@ from opendino.pretrain.crops import CropsConfig
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR_KERNEL = 9
-TILE = 16
+NO_WEIGHT = 1e-6
 CHUNK_VALUES = 3 * 224 * 224
 """Values that go through all operations together on a CPU: 600 KB, which with a copy is about a core's own cache."""
 SIGN = 2.0**24
@@ -122,13 +122,14 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
         ConfigError: when mean and std are for another number of channels.
     """
     check_channels(config, crops.shape[1])
-    out = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+    out = _empty(crops.shape, crops.device)
     scale = 1 / torch.tensor(config.std)
     scale, shift = (v[:, None, None].to(crops.device) for v in (scale, -torch.tensor(config.mean) * scale))
+    active = _active(params, crops.shape[1])
     with torch.no_grad():
         for rows in _chunks(crops, params):
             x = _take(crops, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-            _change_colours_(x, params.take(rows))
+            _change_colours_(x, params.take(rows), active)
             _put_(out, rows, x.mul_(scale).add_(shift))
     return out
 
@@ -149,9 +150,9 @@ def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
     """Scale the distance from each crop's mean grey by (n,) factors, in place."""
-    means = x.mean((2, 3))
-    grey = means @ means.new_tensor(LUMA) if x.shape[1] == 3 else means.mean(1)
-    return x.mul_(_column(factor)).add_(_column((1 - factor) * grey)).clamp_(0, 1)
+    means = x.flatten(2).mean(2)
+    grey = means @ _luma_weights(x.device) if x.shape[1] == 3 else means.mean(1)
+    return x.mul_(_column(factor)).add_(_column(torch.addcmul(grey, grey, factor, value=-1))).clamp_(0, 1)
 
 
 def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
@@ -195,48 +196,52 @@ def to_grey_(x: Tensor) -> Tensor:
     return x.copy_(luma(x)[:, None].expand_as(x))
 
 
+@cache
+def _luma_weights(device: torch.device) -> Tensor:
+    return torch.tensor(LUMA, device=device)
+
+
 def luma(x: Tensor) -> Tensor:
     """Give the grey of (n, 3, h, w) as (n, h, w)."""
-    return (x[:, 0] * LUMA[0]).add_(x[:, 1], alpha=LUMA[1]).add_(x[:, 2], alpha=LUMA[2])
+    r, g, b = x.unbind(1)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur (n, C, h, w) with Gaussian kernels of 9 pixels and (n,) sigmas, reflected at the borders.
+    """Blur (n, C, h, w) with Gaussian kernels of 9 pixels and (n,) sigmas, reflected at the borders."""
+    kernels = _half_kernels(sigma.cpu())
+    return _convolve(x, kernels.to(x.device), int(_reaches(kernels).max()) if len(sigma) else 1)
 
-    A convolution as products with small banded matrices: `step` outputs at a time from step + 8 inputs, first along the
-    columns, then along the rows.
+
+def _half_kernels(sigma: Tensor) -> Tensor:
+    """Give the middle and the right half of (n,) Gaussian kernels of sum 1, as (n, 5)."""
+    kernels = torch.exp(-0.5 * (torch.arange(BLUR_KERNEL // 2 + 1) / sigma[:, None]).square())
+    return kernels.div_(2 * kernels.sum(1, keepdim=True) - 1)
+
+
+def _reaches(kernels: Tensor) -> Tensor:
+    """Give how far each kernel's weights reach that are more than a millionth, pixels, at least 1."""
+    return (kernels[:, 1:] > NO_WEIGHT).sum(1).clamp_min_(1)
+
+
+def _convolve(x: Tensor, kernels: Tensor, reach: int) -> Tensor:
+    """Convolve (n, C, h, w) with (n, 5) half kernels up to a reach, along the rows and then along the columns.
+
+    A sum of shifted copies. Each crop lies padded in one stretch of memory, where a shift by a column or by a row is an
+    offset; what runs over the edges ends in the padding.
     """
     n, channels, height, width = x.shape
-    half = BLUR_KERNEL // 2
-    (down, step), (right, stride) = _tiles(height), _tiles(width)
-    # One tile of rows more than needed: so are all windows of all planes equally far from each other in memory.
-    tall, wide = (down + 1) * step, right * stride + 2 * half
-    padded = pad(x, (half, wide - width - half, half, tall - height - half), mode="reflect")
-    count = n * channels * (down + 1) - 1
-    windows = padded.as_strided((count, step + 2 * half, wide), (step * wide, wide, 1))
-    bands = _bands(sigma, step).to(x.device)
-    rows = torch.bmm(bands.repeat_interleave(channels * (down + 1), dim=0)[:count], windows)
-    plane = tall * wide
-    windows = rows.as_strided(
-        (n, channels, height, right, stride + 2 * half), (channels * plane, plane, wide, stride, 1)
-    ).reshape(n, channels * height * right, stride + 2 * half)
-    bands = _bands(sigma, stride).to(x.device)
-    return torch.bmm(windows, bands.transpose(1, 2)).view(n, channels, height, right * stride)[..., :width]
-
-
-def _tiles(size: int) -> tuple[int, int]:
-    """Cut a length into equal tiles of at most 16, the last of which may reach over: their number and length."""
-    number = math.ceil(size / TILE)
-    return number, math.ceil(size / number)
-
-
-def _bands(sigma: Tensor, step: int) -> Tensor:
-    """Give (n, step, step + 8) matrices whose row i is the kernel of 9 values that starts in column i."""
-    half = BLUR_KERNEL // 2
-    offset = torch.arange(-half, half + 1, dtype=torch.float32)
-    weights = torch.softmax(-0.5 * (offset / sigma[:, None]).square(), dim=1)
-    rows = pad(weights, (0, step)).repeat(1, step)  # rows one longer than the matrix's move right by one when re-cut
-    return rows[:, : step * (step + 2 * half)].view(len(sigma), step, step + 2 * half)
+    weights = kernels[:, :, None].unbind(1)
+    padded = pad(x, (reach,) * 4, mode="reflect")
+    tall, wide = padded.shape[2:]
+    values = padded.view(n, -1)
+    for step in (1, wide):
+        length = values.shape[1] - 2 * reach * step
+        shifted = values.as_strided((2 * reach + 1, n, length), (step, values.stride(0), 1)).unbind()
+        values = shifted[reach] * weights[0]
+        for d in range(1, reach + 1):
+            values.addcmul_(shifted[reach - d], weights[d]).addcmul_(shifted[reach + d], weights[d])
+    return values.as_strided((n, channels, height, width), (values.stride(0), tall * wide, wide, 1))
 
 
 def solarize_(x: Tensor) -> Tensor:
@@ -253,6 +258,13 @@ _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 )  # fmt: skip
 
 
+def _empty(shape: torch.Size, device: torch.device) -> Tensor:
+    """Give uninitialised float32; on a CPU from NumPy, which asks for huge pages: fewer page faults, 2 µs each."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, device=device)
+
+
 def _chunks(crops: Tensor, params: PhotometricParams) -> Iterator[np.ndarray[Any, Any]]:
     """Give the rows to do at once: on a CPU a cacheful, those with the same operations together."""
     if crops.device.type != "cpu":
@@ -264,27 +276,45 @@ def _chunks(crops: Tensor, params: PhotometricParams) -> Iterator[np.ndarray[Any
         yield from (same[i : i + at_once] for i in range(0, len(same), at_once))
 
 
-def _change_colours_(x: Tensor, params: PhotometricParams) -> None:
-    _jitter_(x, params)
+def _change_colours_(x: Tensor, params: PhotometricParams, active: Sequence[int]) -> None:
+    _jitter_(x, params, active)
     if x.shape[1] == 3:
         _on_subset_(x, params.grey, lambda part, rows: to_grey_(part))
-    _on_subset_(x, params.sigma > 0, lambda part, rows: blur(part, torch.from_numpy(params.sigma[rows])))
+    _blur_some_(x, params.sigma)
     _on_subset_(x, params.solarize, lambda part, rows: solarize_(part))
 
 
-def _jitter_(x: Tensor, params: PhotometricParams) -> None:
+def _blur_some_(x: Tensor, sigma: np.ndarray[Any, Any]) -> None:
+    if x.device.type != "cpu":
+        _on_subset_(x, sigma > 0, lambda part, rows: blur(part, torch.from_numpy(sigma[rows])))
+        return
+    rows = np.flatnonzero(sigma)  # one by one: small sigmas are less work
+    if len(rows):
+        kernels = _half_kernels(torch.from_numpy(sigma[rows]))
+        for i, kernel, reach in zip(rows.tolist(), kernels.split(1), _reaches(kernels).tolist(), strict=True):
+            x[i : i + 1] = _convolve(x[i : i + 1], kernel, reach)
+
+
+def _active(params: PhotometricParams, channels: int) -> list[int]:
+    """Give the jitter operations that can be run and that change something."""
+    return [k for k in range(4 if channels == 3 else 2) if (params.factors[:, k] != IDENTITY[k]).any()]
+
+
+def _jitter_(x: Tensor, params: PhotometricParams, active: Sequence[int]) -> None:
     """Run each operation at once on all crops that have it at the same place of their order."""
-    usable = range(4) if x.shape[1] == 3 else range(2)
-    active = [k for k in usable if (params.factors[:, k] != IDENTITY[k]).any()]
-    factors = torch.from_numpy(params.factors)
+    factors = torch.from_numpy(params.factors).to(x.device).unbind(1)
+    first = params.order[0] if len(params) else -1
+    if (params.order == first).all():
+        for k in ORDERS[first] if first >= 0 else ():
+            if k in active:
+                _JITTER[k](x, factors[k])
+        return
     steps = np.array((*ORDERS, (-1,) * 4))[params.order]
     for place in range(4):
         for k in active:
-            _on_subset_(x, steps[:, place] == k, partial(_jitter_once, k, factors))
-
-
-def _jitter_once(k: int, factors: Tensor, x: Tensor, rows: np.ndarray[Any, Any]) -> Tensor:
-    return _JITTER[k](x, factors[rows, k].to(x.device))
+            rows = np.flatnonzero(steps[:, place] == k)
+            if len(rows):
+                _put_(x, rows, _JITTER[k](_take(x, rows), factors[k][torch.from_numpy(rows)]))
 
 
 def _on_subset_(x: Tensor, where: np.ndarray[Any, Any], change: Callable[[Tensor, Any], Tensor]) -> None:
@@ -311,6 +341,9 @@ def _take(x: Tensor, rows: np.ndarray[Any, Any]) -> Tensor:
 def _put_(x: Tensor, rows: np.ndarray[Any, Any], values: Tensor) -> None:
     if _is_range(rows):
         x[rows[0] : rows[-1] + 1] = values
+    elif x.device.type == "cpu":  # where index_copy_ is many times slower than copying
+        for row, value in zip(rows.tolist(), values.unbind(), strict=True):
+            x[row] = value
     else:
         x.index_copy_(0, torch.from_numpy(rows).to(x.device), values)
 
