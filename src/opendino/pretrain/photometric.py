@@ -33,6 +33,9 @@ SIGN = 2.0**24
 ORDERS = tuple(permutations(range(4)))
 IDENTITY = np.array([1, 1, 1, 0], np.float32)
 DRAWS = 10
+MIN_SIGMA = 1e-2
+"""Stands for no blur where a kernel is computed and not used."""
+Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,22 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
     scale = 1 / torch.tensor(config.std)
     scale, shift = (v[:, None, None].to(crops.device) for v in (scale, -torch.tensor(config.mean) * scale))
     active = _active(params, crops.shape[1])
+    kernels = _half_kernels(torch.from_numpy(params.sigma).clamp_min(MIN_SIGMA))
+    reaches, kernels = _reaches(kernels).numpy(), kernels.to(crops.device)
+
+    def convolve(part: Tensor, rows: Rows) -> Tensor:
+        return _convolve(part, kernels[_index(rows)], int(reaches[rows].max()))
+
     with torch.no_grad():
         for rows in _chunks(crops, params):
             x = _take(crops, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-            _change_colours_(x, params.take(rows), active)
-            _put_(out, rows, x.mul_(scale).add_(shift))
+            x = _jitter(x, params.take(rows), active)
+            if x.shape[1] == 3:
+                x = _on_subset(x, rows, params.grey, lambda part, rows: to_grey_(part))
+            for piece, at in _pieces(x, rows):
+                piece = _on_subset(piece, at, params.sigma > 0, convolve)
+                piece = _on_subset(piece, at, params.solarize, lambda part, rows: solarize_(part))
+                torch.mul(piece, scale, out=out[at[0] : at[-1] + 1]).add_(shift)
     return out
 
 
@@ -157,8 +171,7 @@ def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
     """Scale the distance of (n, 3, h, w) from each pixel's grey by (n,) factors, in place."""
-    grey = luma(x).mul_(_column(1 - factor)[:, 0])
-    return x.mul_(_column(factor)).add_(grey[:, None]).clamp_(0, 1)
+    return torch.lerp(luma(x)[:, None], x, _column(factor), out=x).clamp_(0, 1)
 
 
 def adjust_hue_(x: Tensor, shift: Tensor) -> Tensor:
@@ -265,34 +278,25 @@ def _empty(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.empty(shape, device=device)
 
 
-def _chunks(crops: Tensor, params: PhotometricParams) -> Iterator[np.ndarray[Any, Any]]:
+def _chunks(crops: Tensor, params: PhotometricParams) -> Iterator[Rows]:
     """Give the rows to do at once: on a CPU a cacheful, those with the same operations together."""
     if crops.device.type != "cpu":
-        yield np.arange(len(params))
+        if len(params):
+            yield np.arange(len(params))
         return
     at_once = max(CHUNK_VALUES // max(crops[:1].numel(), 1), 1)
-    rows = np.lexsort((params.grey, params.sigma > 0, params.order))
-    for same in np.split(rows, np.flatnonzero(np.diff(params.order[rows])) + 1):
+    rows = np.lexsort((params.grey, params.order))
+    for same in np.split(rows, 1 + np.flatnonzero(np.diff(params.order[rows]))):
         yield from (same[i : i + at_once] for i in range(0, len(same), at_once))
 
 
-def _change_colours_(x: Tensor, params: PhotometricParams, active: Sequence[int]) -> None:
-    _jitter_(x, params, active)
-    if x.shape[1] == 3:
-        _on_subset_(x, params.grey, lambda part, rows: to_grey_(part))
-    _blur_some_(x, params.sigma)
-    _on_subset_(x, params.solarize, lambda part, rows: solarize_(part))
-
-
-def _blur_some_(x: Tensor, sigma: np.ndarray[Any, Any]) -> None:
+def _pieces(x: Tensor, rows: Rows) -> Iterator[tuple[Tensor, Rows]]:
+    """Give what to blur and store at once, neighbours in the batch: on a CPU one crop, small sigmas being less work."""
     if x.device.type != "cpu":
-        _on_subset_(x, sigma > 0, lambda part, rows: blur(part, torch.from_numpy(sigma[rows])))
+        yield x, rows
         return
-    rows = np.flatnonzero(sigma)  # one by one: small sigmas are less work
-    if len(rows):
-        kernels = _half_kernels(torch.from_numpy(sigma[rows]))
-        for i, kernel, reach in zip(rows.tolist(), kernels.split(1), _reaches(kernels).tolist(), strict=True):
-            x[i : i + 1] = _convolve(x[i : i + 1], kernel, reach)
+    for i in range(len(rows)):
+        yield x[i : i + 1], rows[i : i + 1]
 
 
 def _active(params: PhotometricParams, channels: int) -> list[int]:
@@ -300,52 +304,62 @@ def _active(params: PhotometricParams, channels: int) -> list[int]:
     return [k for k in range(4 if channels == 3 else 2) if (params.factors[:, k] != IDENTITY[k]).any()]
 
 
-def _jitter_(x: Tensor, params: PhotometricParams, active: Sequence[int]) -> None:
-    """Run each operation at once on all crops that have it at the same place of their order."""
+def _jitter(x: Tensor, params: PhotometricParams, active: Sequence[int]) -> Tensor:
+    """Run each operation at once on all crops that have it at the same place of their order; works in place."""
     factors = torch.from_numpy(params.factors).to(x.device).unbind(1)
-    first = params.order[0] if len(params) else -1
-    if (params.order == first).all():
-        for k in ORDERS[first] if first >= 0 else ():
-            if k in active:
-                _JITTER[k](x, factors[k])
-        return
     steps = np.array((*ORDERS, (-1,) * 4))[params.order]
+    if (params.order == params.order[0]).all():
+        for k in steps[0]:
+            x = _JITTER[k](x, factors[k]) if k in active else x
+        return x
     for place in range(4):
         for k in active:
-            rows = np.flatnonzero(steps[:, place] == k)
-            if len(rows):
-                _put_(x, rows, _JITTER[k](_take(x, rows), factors[k][torch.from_numpy(rows)]))
+            at = np.flatnonzero(steps[:, place] == k)
+            if len(at):
+                _put_(x, at, _JITTER[k](_take(x, at), factors[k][_index(at)]))
+    return x
 
 
-def _on_subset_(x: Tensor, where: np.ndarray[Any, Any], change: Callable[[Tensor, Any], Tensor]) -> None:
-    """Change the crops of a subset; `change` may work in place."""
-    rows = np.flatnonzero(where)
-    if len(rows):
-        part = _take(x, rows)
-        changed = change(part, rows)
-        if changed is not part or not _is_range(rows):
-            _put_(x, rows, changed)
+def _on_subset(x: Tensor, rows: Rows, chosen: np.ndarray[Any, Any], change: Callable[[Tensor, Rows], Tensor]) -> Tensor:
+    """Change those of some crops that are chosen; may work in place.
+
+    Args:
+        x: crops.
+        rows: what their places in the batch are.
+        chosen: whether to change them, for the whole batch.
+        change: takes crops and their places, and may work in place.
+    """
+    at = np.flatnonzero(chosen[rows])
+    if len(at) == len(rows):
+        return change(x, rows)
+    if len(at):
+        part = _take(x, at)
+        changed = change(part, rows[at])
+        if changed is not part or not _is_range(at):
+            _put_(x, at, changed)
+    return x
 
 
-def _is_range(rows: np.ndarray[Any, Any]) -> bool:
-    return int(rows[-1] - rows[0]) == len(rows) - 1 and bool((np.diff(rows) == 1).all())
+def _is_range(rows: Rows) -> bool:
+    return len(rows) == 1 or (int(rows[-1] - rows[0]) == len(rows) - 1 and bool((np.diff(rows) == 1).all()))
 
 
-def _take(x: Tensor, rows: np.ndarray[Any, Any]) -> Tensor:
+def _index(rows: Rows) -> Tensor | slice:
+    return slice(int(rows[0]), int(rows[-1]) + 1) if _is_range(rows) else torch.from_numpy(rows)
+
+
+def _take(x: Tensor, rows: Rows) -> Tensor:
     """Give some crops, without copying them where they lie one after the other."""
-    if _is_range(rows):
-        return x[rows[0] : rows[-1] + 1]
-    return x.index_select(0, torch.from_numpy(rows).to(x.device))
+    index = _index(rows)
+    return x[index] if isinstance(index, slice) else x.index_select(0, index.to(x.device))
 
 
-def _put_(x: Tensor, rows: np.ndarray[Any, Any], values: Tensor) -> None:
-    if _is_range(rows):
-        x[rows[0] : rows[-1] + 1] = values
-    elif x.device.type == "cpu":  # where index_copy_ is many times slower than copying
-        for row, value in zip(rows.tolist(), values.unbind(), strict=True):
-            x[row] = value
+def _put_(x: Tensor, rows: Rows, values: Tensor) -> None:
+    index = _index(rows)
+    if isinstance(index, slice):
+        x[index] = values
     else:
-        x.index_copy_(0, torch.from_numpy(rows).to(x.device), values)
+        x.index_copy_(0, index.to(x.device), values)
 
 
 def _column(values: Tensor) -> Tensor:
