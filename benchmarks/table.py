@@ -15,7 +15,7 @@ BF16_FLAGS = {"amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16"}
 COLUMNS = {
     "forward": ["peak MiB", "distance"],
     "step": ["with data, images/s", "opendino ÷ peer", "peak MiB"],
-    "augment": ["ms/image, median [min..max]", "peak MiB"],
+    "augment": ["ms/image, median [min..max]", "CPU ms/image", "opendino ÷ peer", "peak MiB"],
 }
 VECTOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
@@ -82,7 +82,9 @@ def _cells(result: Result, ours: Result | None, width: int) -> list[str]:
         ratio = f"{paired_ratio(ours.rates(clock), result.rates(clock)):.2f}" if ours else "–"
         cells += [f"{median:.2f} [{low:.2f}..{high:.2f}]", ratio]
     if result.spec.task == "augment":
-        cells.append("{:.2f} [{:.2f}..{:.2f}]".format(*spread([1e3 / rate for rate in result.rates()])))
+        for clock in ("seconds", "cpu"):
+            cells.append("{:.2f} [{:.2f}..{:.2f}]".format(*spread([1e3 / rate for rate in result.rates(clock)])))
+        cells.append(f"{paired_ratio(ours.rates('cpu'), result.rates('cpu')):.2f}" if ours else "–")
     cells.append(f"{max(s['rss_mib'] for s in result.samples):.0f}")
     if result.spec.task == "forward":
         cells.append(f"{ready['distance']:.1e}" + (" **differs**" if differs(result) else ""))
