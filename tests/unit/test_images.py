@@ -109,6 +109,8 @@ def test_other_files_folders_and_nothing(tmp_path):
     for name in ("text.jpg", "folder.jpg", "missing.jpg"):
         with pytest.raises(DataError, match=name):
             decode_image(tmp_path / name)
+    with pytest.raises(DataError, match="<bytes> cannot be read as an image: its bytes are of no known format"):
+        decode_image(b"no picture")
     photograph().save(tmp_path / "a.png")
     with pytest.raises(DataError, match="5 were asked for"):
         decode_image(tmp_path / "a.png", channels=5)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from opendino.errors import DataError
@@ -54,6 +54,8 @@ def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
                 return pixels
             picture.load()
             image = flatten(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} cannot be read as an image: its bytes are of no known format.") from error
     except DAMAGED as error:
         raise DataError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
     return as_tensor(image)
