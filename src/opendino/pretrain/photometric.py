@@ -157,19 +157,20 @@ def check_channels(config: CropsConfig, channels: int) -> None:
 
 def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
     """Scale (n, C, h, w) by (n,) factors, in place."""
-    return x.mul_(_column(factor)).clamp_(0, 1)
+    return x.mul_(_column(factor, x)).clamp_(0, 1)
 
 
 def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
     """Scale the distance from each crop's mean grey by (n,) factors, in place."""
     means = x.flatten(2).mean(2)
     grey = means @ _luma_weights(x.device) if x.shape[1] == 3 else means.mean(1)
-    return x.mul_(_column(factor)).add_(_column(torch.addcmul(grey, grey, factor, value=-1))).clamp_(0, 1)
+    factor = factor.to(x.device)
+    return x.mul_(_column(factor, x)).add_(_column((1 - factor) * grey, x)).clamp_(0, 1)
 
 
 def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
     """Scale the distance of (n, 3, h, w) from each pixel's grey by (n,) factors, in place."""
-    return torch.lerp(luma(x)[:, None], x, _column(factor), out=x).clamp_(0, 1)
+    return torch.lerp(luma(x)[:, None], x, _column(factor, x), out=x).clamp_(0, 1)
 
 
 def adjust_hue_(x: Tensor, shift: Tensor) -> Tensor:
@@ -182,9 +183,9 @@ def adjust_hue_(x: Tensor, shift: Tensor) -> Tensor:
     turns are made in steps.
     """
     sixths = 6 * shift
-    steps = max(math.ceil(float(sixths.abs().max())), 1) if len(shift) and shift.device.type == "cpu" else 3
+    steps = max(math.ceil(float(sixths.abs().max())), 1) if len(shift) else 0
     for _ in range(steps):
-        _turn_hue_(x, _column(sixths / steps))
+        _turn_hue_(x, _column(sixths / steps, x))
     return x
 
 
@@ -287,11 +288,11 @@ def _chunks(crops: Tensor, params: PhotometricParams) -> Iterator[Rows]:
 
 
 def _grey(x: Tensor, rows: Rows, grey: np.ndarray[Any, Any]) -> Tensor:
-    """Grey the chosen crops; when there are no others, their three channels become one, which is less to blur."""
+    """Grey the chosen crops; the three channels of a single one become one, which is less to blur."""
     if x.shape[1] != 3:
         return x
-    if grey[rows].all():
-        return luma(x)[:, None]
+    if len(rows) == 1:
+        return luma(x)[:, None] if grey[rows[0]] else x
     return _on_subset(x, rows, grey, lambda part, rows: to_grey_(part))
 
 
@@ -311,7 +312,7 @@ def _active(params: PhotometricParams, channels: int) -> list[int]:
 
 def _jitter(x: Tensor, params: PhotometricParams, active: Sequence[int]) -> Tensor:
     """Run each operation at once on all crops that have it at the same place of their order; works in place."""
-    factors = torch.from_numpy(params.factors).to(x.device).unbind(1)
+    factors = torch.from_numpy(params.factors).unbind(1)
     steps = np.array((*ORDERS, (-1,) * 4))[params.order]
     if (params.order == params.order[0]).all():
         for k in steps[0]:
@@ -334,6 +335,8 @@ def _on_subset(x: Tensor, rows: Rows, chosen: np.ndarray[Any, Any], change: Call
         chosen: whether to change them, for the whole batch.
         change: takes crops and their places, and may work in place.
     """
+    if len(rows) == 1:  # the usual case on a CPU
+        return change(x, rows) if chosen[rows[0]] else x
     at = np.flatnonzero(chosen[rows])
     if len(at) == len(rows):
         return change(x, rows)
@@ -367,5 +370,5 @@ def _put_(x: Tensor, rows: Rows, values: Tensor) -> None:
         x.index_copy_(0, index.to(x.device), values)
 
 
-def _column(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values[:, None, None, None].to(like.device)
