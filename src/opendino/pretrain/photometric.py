@@ -3,7 +3,8 @@
 
 Parameters are drawn per sample from its own generator (`draw_photometric`) and applied to the batch at once
 (`apply_photometric`) in the order jitter, grey, blur, solarize, normalise; each operation touches only the crops that
-it is drawn for. Values are those of torchvision's operations on floats in [0, 1].
+it is drawn for. Values are those of torchvision's operations on floats in [0, 1], to 1e-5; solarized ones to 1/255, the
+step of the 8-bit values that the published recipe works on.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
     out = _empty(crops.shape, crops.device)
     scale = 1 / torch.tensor(config.std)
     scale, shift = (v[:, None, None].to(crops.device) for v in (scale, -torch.tensor(config.mean) * scale))
-    active = _active(params, crops.shape[1])
+    active, blurred = _active(params, crops.shape[1]), params.sigma > 0
     kernels = _half_kernels(torch.from_numpy(params.sigma).clamp_min(MIN_SIGMA))
     reaches, kernels = _reaches(kernels).numpy(), kernels.to(crops.device)
 
@@ -140,7 +141,7 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
             x = _jitter(x, params.take(rows), active)
             for piece, at in _pieces(x, rows):
                 piece = _grey(piece, at, params.grey)
-                piece = _on_subset(piece, at, params.sigma > 0, convolve)
+                piece = _on_subset(piece, at, blurred, convolve)
                 piece = _on_subset(piece, at, params.solarize, lambda part, rows: solarize_(part))
                 torch.mul(piece, scale, out=out[at[0] : at[-1] + 1]).add_(shift)
     return out
