@@ -29,17 +29,17 @@ class Spec:
     """What one worker is to run.
 
     Attributes:
-        task: prepare, forward or step.
-        peer: opendino, transformers, timm or lightly-train.
+        task: prepare, forward, step, photographs or augment.
+        peer: opendino, transformers, timm, lightly-train or torchvision.
         work: folder shared by the workers of a run: weights, reference features, images, run folders.
         dtype: fp32 or bf16.
         threads: of torch.
-        batch: images per call or step.
+        batch: images per call or step, or per batch of the augmentation.
         size: side of the images, or of the global crops, pixels.
         seconds: length that a sample of the forward pass aims at.
         shape: width, depth and heads of the backbone.
         local_size, num_local, prototypes: of the training step.
-        num_images: JPEG files to prepare.
+        num_images: JPEG files to prepare; one sample of the augmentation reads them all.
     """
 
     task: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time the forward pass and one pre-training step against transformers, timm and lightly-train, in turn.
+"""Time the forward pass, one pre-training step and the augmentation against other packages, in turn.
 
     make bench                                   # everything, into an environment of its own
     python benchmarks/run.py --quick             # smoke run; its figures mean nothing
@@ -25,6 +25,9 @@ from table import as_json, commit, different_networks, has_bf16, machine, markdo
 
 FORWARD = (OURS, "transformers", "timm", "lightly-train")
 STEP = (OURS, "lightly-train")
+AUGMENT = (OURS, "lightly-train", "torchvision")
+PHOTOGRAPHS = 64
+PEERS = tuple(dict.fromkeys(FORWARD + STEP + AUGMENT))
 NO_STEP = {p: "the package has no DINOv2 pre-training" for p in FORWARD if p not in STEP}
 
 
@@ -32,9 +35,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--suite", choices=["forward", "step", "all"], default="all")
+    add("--suite", choices=["forward", "step", "augment", "all"], default="all")
     add("--dtypes", nargs="+", choices=["fp32", "bf16"], help="default: both; the step without bf16 where it is slow")
-    add("--peers", nargs="+", choices=FORWARD, default=list(FORWARD))
+    add("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     add("--rounds", type=int, default=5, help="samples of each peer")
     add("--warmup", type=int, default=1, help="rounds before them that do not count")
     add("--threads", type=int, default=2)
@@ -55,14 +58,14 @@ def plan(args: argparse.Namespace, work: str) -> list[tuple[str, list[Spec]]]:
     """Give the comparisons that are asked for: a title, and a spec for each peer."""
     base = Spec("forward", OURS, work, threads=args.threads, seconds=0.1 if args.quick else 1.5)
     comparisons = []
-    if args.suite != "step":
+    if args.suite in ("forward", "all"):
         inputs = [(98 if args.quick else 224, args.batch)] + ([(518, 1)] if args.large else [])
         for size, batch in inputs:
             for dtype in args.dtypes or ("fp32", "bf16"):
                 title = f"Forward, ViT-S/14, {size} px, batch {batch}, {dtype}"
                 spec = replace(base, size=size, batch=batch, dtype=dtype)
                 comparisons.append((title, [replace(spec, peer=p) for p in FORWARD if p in args.peers]))
-    if args.suite != "forward":
+    if args.suite in ("step", "all"):
         spec = replace(base, task="step", batch=args.step_batch)
         if args.quick:
             spec = replace(spec, size=98, local_size=42, num_local=2, prototypes=1024)
@@ -70,6 +73,13 @@ def plan(args: argparse.Namespace, work: str) -> list[tuple[str, list[Spec]]]:
         for dtype in args.dtypes or step_dtypes():
             title = f"Training step, ViT-S/14, {crops} px, batch {spec.batch}, K = {spec.prototypes:,}, {dtype}"
             comparisons.append((title, [replace(spec, peer=p, dtype=dtype) for p in FORWARD if p in args.peers]))
+    if args.suite in ("augment", "all"):
+        count = args.step_batch if args.quick else PHOTOGRAPHS
+        spec = replace(base, task="augment", threads=1, batch=args.step_batch, num_images=count)
+        title = (
+            f"Augmentation, 2 × {spec.size} + {spec.num_local} × {spec.local_size} px, batch {spec.batch}, one thread"
+        )
+        comparisons.append((title, [replace(spec, peer=p) for p in AUGMENT if p in args.peers]))
     return comparisons
 
 
@@ -80,7 +90,7 @@ def step_dtypes() -> tuple[str, ...]:
 
 def measure(specs: list[Spec], args: argparse.Namespace) -> list[Result]:
     """Run one comparison; peers without this task get a row that says so."""
-    able = [s for s in specs if s.task == "forward" or s.peer in STEP]
+    able = [s for s in specs if s.task != "step" or s.peer in STEP]
     found = {r.spec.peer: r for r in compare(able, args.rounds, args.warmup, say)}
     return [found.get(s.peer) or Result(s, {"missing": NO_STEP[s.peer]}) for s in specs]
 
@@ -91,7 +101,10 @@ def prepare(comparisons: list[tuple[str, list[Spec]]], args: argparse.Namespace)
     files = args.step_batch * (args.rounds + args.warmup + 2)  # no peer may come to the end of an epoch
     for spec in specs.values():
         count = files if spec.task == "step" else 0
-        answer = run_once(replace(spec, task="prepare", peer=OURS, dtype="fp32", num_images=count))
+        task = "prepare"
+        if spec.task == "augment":
+            task, count = "photographs", spec.num_images
+        answer = run_once(replace(spec, task=task, peer=OURS, dtype="fp32", num_images=count))
         if "error" in answer:
             raise SystemExit(f"The inputs could not be prepared: {answer['error']}")
 
@@ -105,10 +118,10 @@ def header(args: argparse.Namespace) -> str:
     ]
     if args.quick:
         lines.append("**A smoke run: these figures mean nothing.**")
-    left_out = [p for p in FORWARD if p not in args.peers]
+    left_out = [p for p in PEERS if p not in args.peers]
     if left_out:
         lines.append(f"Not asked for: {', '.join(left_out)}.")
-    if args.suite != "forward" and not args.dtypes and not has_bf16():
+    if args.suite in ("step", "all") and not args.dtypes and not has_bf16():
         lines.append(
             "This processor has no bf16 instructions; the training step was timed in fp32 alone (`--dtypes bf16` times "
             "it in bf16 all the same)."

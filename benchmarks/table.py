@@ -12,6 +12,11 @@ from typing import Any
 from harness import OURS, TOLERANCE, Result, differs, paired_ratio, spread
 
 BF16_FLAGS = {"amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16"}
+COLUMNS = {
+    "forward": ["peak MiB", "distance"],
+    "step": ["with data, images/s", "opendino ÷ peer", "peak MiB"],
+    "augment": ["ms/image, median [min..max]", "CPU ms/image", "opendino ÷ peer", "peak MiB"],
+}
 VECTOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
@@ -56,10 +61,10 @@ def commit() -> str:
 
 def markdown(title: str, results: list[Result], rounds: int) -> str:
     """Give one comparison as a heading, a table and what to know about it."""
-    step = results[0].spec.task == "step"
+    task = results[0].spec.task
     ours = next((r for r in results if r.spec.peer == OURS and r.samples), None)
     head = ["peer", "version", "images/s, median [min..max]", "opendino ÷ peer"]
-    head += ["with data, images/s", "opendino ÷ peer", "peak MiB"] if step else ["peak MiB", "distance"]
+    head += COLUMNS[task]
     lines = [f"### {title}", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     lines += [f"| {' | '.join(_cells(r, ours, len(head)))} |" for r in results]
     return "\n".join([*lines, "", *_notes(results, rounds)])
@@ -76,8 +81,12 @@ def _cells(result: Result, ours: Result | None, width: int) -> list[str]:
         median, low, high = spread(result.rates(clock))
         ratio = f"{paired_ratio(ours.rates(clock), result.rates(clock)):.2f}" if ours else "–"
         cells += [f"{median:.2f} [{low:.2f}..{high:.2f}]", ratio]
+    if result.spec.task == "augment":
+        for clock in ("seconds", "cpu"):
+            cells.append("{:.2f} [{:.2f}..{:.2f}]".format(*spread([1e3 / rate for rate in result.rates(clock)])))
+        cells.append(f"{paired_ratio(ours.rates('cpu'), result.rates('cpu')):.2f}" if ours else "–")
     cells.append(f"{max(s['rss_mib'] for s in result.samples):.0f}")
-    if len(clocks) == 1:
+    if result.spec.task == "forward":
         cells.append(f"{ready['distance']:.1e}" + (" **differs**" if differs(result) else ""))
     return cells
 
@@ -97,12 +106,21 @@ def _notes(results: list[Result], rounds: int) -> list[str]:
         counts = ", ".join(f"{r.spec.peer} {r.ready['parameters']:,}" for r in measured)
         notes.append(f"- Trained parameters: {counts}.")
         notes += [f"- **{r.spec.peer} trains another network.**" for r in different_networks(results)]
+    elif spec.task == "augment":
+        notes.append(f"- {spec.num_images} photographs of {ready['file_kib']:.0f} KiB on average in each sample.")
+        notes += [f"- {r.spec.peer}, stages in ms/image: {text}." for r in measured if (text := stages(r))]
     else:
         notes.append(
             "- distance: ‖features − opendino's in fp32‖ / ‖the latter‖ over all tokens of two images, same weights "
             f"in all, each with the peer's own resizing of the position table; at most {TOLERANCE[spec.dtype]:g}."
         )
     return notes
+
+
+def stages(result: Result) -> str:
+    """Give the median milliseconds per image of the stages that a peer tells apart; "" when it tells none."""
+    names = [n for n in result.samples[0] if n not in ("images", "seconds", "cpu", "rss_mib", "others")]
+    return ", ".join(f"{n} {spread([1e3 * s[n] / s['images'] for s in result.samples])[0]:.2f}" for n in names)
 
 
 def different_networks(results: list[Result]) -> list[Result]:

@@ -2,14 +2,15 @@
 """What users' pictures become: every colour mode, damaged files, sources, preprocessing, refused arrays."""
 
 import contextlib
+import io
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from opendino.errors import ConfigError, DataError
-from opendino.images.decode import decode_image
+from opendino.images.decode import _decode_jpeg, decode_image
 from opendino.images.preprocess import Preprocess, to_tensor
 from opendino.images.sources import open_source
 from opendino.models.config import PreprocessSpec
@@ -108,6 +109,8 @@ def test_other_files_folders_and_nothing(tmp_path):
     for name in ("text.jpg", "folder.jpg", "missing.jpg"):
         with pytest.raises(DataError, match=name):
             decode_image(tmp_path / name)
+    with pytest.raises(DataError, match="<bytes> cannot be read as an image: its bytes are of no known format"):
+        decode_image(b"no picture")
     photograph().save(tmp_path / "a.png")
     with pytest.raises(DataError, match="5 were asked for"):
         decode_image(tmp_path / "a.png", channels=5)
@@ -123,6 +126,70 @@ def test_random_damage_is_an_error_of_ours_or_a_picture(tmp_path):
             damaged[rng.integers(0, len(whole), 12)] = rng.integers(0, 256, 12)
             with contextlib.suppress(DataError):  # any other exception fails the test
                 assert decode_image(damaged.tobytes()).shape[0] == 3
+
+
+def by_pillow_alone(data, channels=3):
+    """What Pillow reads, or None where it refuses."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            upright = ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L")
+            return torch.from_numpy(np.array(upright)).reshape(upright.height, upright.width, channels).permute(2, 0, 1)
+    except Exception:
+        return None
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"quality": 30}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"restart_marker_rows": 1},
+     {"keep_rgb": True}],
+)  # fmt: skip
+def test_jpeg_pixels_are_those_of_pillow(options, mode, channels):
+    if mode != "RGB" and "keep_rgb" in options:
+        return
+    data = jpeg(photograph(61, 43).convert(mode), **options)
+    assert torch.equal(decode_image(data, channels=channels), by_pillow_alone(data, channels))
+
+
+def test_jpeg_from_the_fast_path_is_the_one_that_is_measured():
+    data = jpeg(photograph())
+    with Image.open(io.BytesIO(data)) as picture:
+        assert _decode_jpeg(data, picture, 3) is not None
+        assert _decode_jpeg(data[: len(data) // 2], picture, 3) is None
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_jpeg_orientation_is_that_of_pillow(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = jpeg(photograph(61, 43), exif=exif)
+    assert torch.equal(decode_image(data), by_pillow_alone(data))
+
+
+def test_damaged_jpegs_are_refused_or_read_as_by_pillow():
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(jpeg(photograph(120, 80), quality=90), np.uint8)
+    refused = 0
+    for i in range(300):
+        damaged = whole.copy()
+        damaged[rng.integers(0, len(whole), 1 + i % 8)] = rng.integers(0, 256, 1 + i % 8)
+        data = damaged.tobytes()[: len(whole) - (i % 3) * int(rng.integers(0, len(whole) // 2))]
+        expected = by_pillow_alone(data)
+        if expected is None:
+            refused += 1
+            with pytest.raises(DataError):
+                decode_image(data)
+        else:
+            assert torch.equal(decode_image(data), expected)
+    assert 20 < refused < 280
 
 
 # --- sources -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from opendino.errors import DataError
@@ -20,6 +20,9 @@ DAMAGED = (
     OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, AttributeError,
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+
+ORIENTATION = 0x0112
+"""The Exif tag of how a picture is to be turned: 1 is upright, 2–8 are turned or mirrored."""
 
 
 def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
@@ -44,13 +47,39 @@ def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
         )
     name = "<bytes>" if isinstance(source, bytes) else str(source)
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file) as picture:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            pixels = _decode_jpeg(data, picture, channels)
+            if pixels is not None:
+                return pixels
             picture.load()
             image = flatten(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} cannot be read as an image: its bytes are of no known format.") from error
     except DAMAGED as error:
         raise DataError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
     return as_tensor(image)
+
+
+def _decode_jpeg(data: bytes, picture: Image.Image, channels: int) -> Tensor | None:
+    """Decode a plain JPEG file without Pillow's copies, to the same pixels; None for a file that Pillow must judge.
+
+    Plain is upright, and RGB or grey as asked for. A file that torchvision refuses, or a torchvision without JPEG, is
+    left to Pillow too, so that what counts as damaged and the message do not depend on who decodes.
+    """
+    plain = picture.mode == "L" or (picture.mode == "RGB" and channels == 3)
+    if picture.format != "JPEG" or not plain:
+        return None
+    if picture.getexif().get(ORIENTATION, 1) in range(2, 9):
+        return None
+    from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
+
+    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    try:
+        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+    except RuntimeError:
+        return None
+    return pixels
 
 
 def flatten(image: Image.Image, mode: str) -> Image.Image:

@@ -3,30 +3,39 @@
 
 Parameters are drawn per sample from its own generator (`draw_photometric`) and applied to the batch at once
 (`apply_photometric`) in the order jitter, grey, blur, solarize, normalise; each operation touches only the crops that
-it is drawn for. Values are those of torchvision's operations on floats in [0, 1].
+it is drawn for. Values are those of torchvision's operations on floats in [0, 1], to 1e-5; solarized ones to 1/255, the
+step of the 8-bit values that the published recipe works on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import pad
 
 from opendino.errors import ConfigError
 from opendino.pretrain.crops import CropsConfig
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR_KERNEL = 9
-SOLARIZE_THRESHOLD = 128 / 255
+NO_WEIGHT = 1e-6
+"""Share of a pixel that a blur leaves out."""
+CHUNK_VALUES = 8 * 3 * 98 * 98
+"""Values that go through the colour operations together on a CPU: 0.9 MB, about a core's own cache."""
 ORDERS = tuple(permutations(range(4)))
 IDENTITY = np.array([1, 1, 1, 0], np.float32)
 DRAWS = 10
+MIN_SIGMA = 1e-2
+"""Stands for no blur where a kernel is computed and not used."""
+Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,10 @@ class PhotometricParams:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def take(self, rows: np.ndarray[Any, Any]) -> PhotometricParams:
+        """Give the parameters of some crops."""
+        return PhotometricParams(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @classmethod
     def crop_major(cls, samples: Sequence[PhotometricParams]) -> PhotometricParams:
@@ -97,7 +110,8 @@ def draw_global_and_local(
 def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsConfig) -> Tensor:
     """Apply drawn colour parameters to a batch, and normalise it.
 
-    Saturation, hue and grey are for three channels; other images go without them.
+    Saturation, hue and grey are for three channels; other images go without them. On a CPU a few crops at a time go
+    through all operations, so that they stay in its cache; other devices take the whole batch at once.
 
     Args:
         crops: uint8 (n, C, s, s), on any device.
@@ -111,15 +125,26 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
         ConfigError: when mean and std are for another number of channels.
     """
     check_channels(config, crops.shape[1])
-    x = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-    _jitter_(x, params)
-    if x.shape[1] == 3:
-        _on_subset_(x, params.grey, lambda part, rows: to_grey_(part))
-    _on_subset_(x, params.sigma > 0, lambda part, rows: blur(part, torch.from_numpy(params.sigma[rows])))
-    _on_subset_(x, params.solarize, lambda part, rows: solarize_(part))
-    scale = 1 / x.new_tensor(config.std)
-    shift = -x.new_tensor(config.mean) * scale
-    return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
+    out = _empty(crops.shape, crops.device)
+    scale = 1 / torch.tensor(config.std)
+    scale, shift = (v[:, None, None].to(crops.device) for v in (scale, -torch.tensor(config.mean) * scale))
+    active, blurred = _active(params, crops.shape[1]), params.sigma > 0
+    kernels = _half_kernels(torch.from_numpy(params.sigma).clamp_min(MIN_SIGMA))
+    reaches, kernels = _reaches(kernels).numpy(), kernels.to(crops.device)
+
+    def convolve(part: Tensor, rows: Rows) -> Tensor:
+        return _convolve(part, kernels[_index(rows)], int(reaches[rows].max()))
+
+    with torch.no_grad():
+        for rows in _chunks(crops, params):
+            x = _take(crops, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+            x = _jitter(x, params.take(rows), active)
+            for piece, at in _pieces(x, rows):
+                piece = _grey(piece, at, params.grey)
+                piece = _on_subset(piece, at, blurred, convolve)
+                piece = _on_subset(piece, at, params.solarize, lambda part, rows: solarize_(part))
+                torch.mul(piece, scale, out=out[at[0] : at[-1] + 1]).add_(shift)
+    return out
 
 
 def check_channels(config: CropsConfig, channels: int) -> None:
@@ -133,40 +158,48 @@ def check_channels(config: CropsConfig, channels: int) -> None:
 
 def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
     """Scale (n, C, h, w) by (n,) factors, in place."""
-    return x.mul_(_column(factor)).clamp_(0, 1)
+    return x.mul_(_column(factor, x)).clamp_(0, 1)
 
 
 def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
     """Scale the distance from each crop's mean grey by (n,) factors, in place."""
-    means = x.mean((2, 3))
-    grey = means @ means.new_tensor(LUMA) if x.shape[1] == 3 else means.mean(1)
-    return x.mul_(_column(factor)).add_(_column((1 - factor) * grey)).clamp_(0, 1)
+    means = x.flatten(2).mean(2)
+    grey = means @ _luma_weights(x.device) if x.shape[1] == 3 else means.mean(1)
+    factor = factor.to(x.device)
+    return x.mul_(_column(factor, x)).add_(_column((1 - factor) * grey, x)).clamp_(0, 1)
 
 
 def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
     """Scale the distance of (n, 3, h, w) from each pixel's grey by (n,) factors, in place."""
-    grey = luma(x).mul_(_column(1 - factor)[:, 0])
-    return x.mul_(_column(factor)).add_(grey[:, None]).clamp_(0, 1)
+    return torch.lerp(luma(x)[:, None], x, _column(factor, x), out=x).clamp_(0, 1)
 
 
 def adjust_hue_(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of (n, 3, h, w) by (n,) shifts in -0.5–0.5 turns, in place.
 
-    Hue h is counted in sixths of a turn from red, in [-3, 3]. With channels r', g', b' stretched to [0, 1] its distance
-    from red is 1 - r' + g' + b', and its sign that of g - b. Lightest value and chroma of each pixel stay, so that
-    every channel is the pixel's minimum + chroma · ramp(h). No comparisons: these are the slow operations on a CPU.
+    The lightest and the darkest value of a pixel stay. As the hue turns, each channel goes up, stays, goes down and
+    stays for 1, 2, 1 and 2 sixths of a turn. Drawn on without its flat parts, channel c stands at 2·c - mid, mid being
+    the pixel's middle value; a turn of t sixths moves it by t · chroma down or up, as the hue lies on the one or the
+    other side of that channel's colour, and the flat parts are a clamp. This holds for at most one sixth, and larger
+    turns are made in steps.
     """
-    r, g, b = x.unbind(1)
-    low = torch.minimum(torch.minimum(r, g), b)
-    chroma = torch.maximum(torch.maximum(r, g), b).sub_(low)
-    inverse = chroma.clamp_min(1e-12).reciprocal_()
-    distance = (g + b).sub_(r).sub_(low).mul_(inverse).add_(1)
-    hue = distance.copysign_(g - b).add_(6 * shift[:, None, None])
-    hue.sub_((hue * (1 / 6)).floor_().mul_(6))
-    torch.addcmul(low, (hue - 3).abs_().sub_(1).clamp_(0, 1), chroma, out=r)
-    torch.addcmul(low, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), chroma, out=g)
-    torch.addcmul(low, (hue - 4).abs_().neg_().add_(2).clamp_(0, 1), chroma, out=b)
+    sixths = 6 * shift
+    steps = max(math.ceil(float(sixths.abs().max())), 1) if len(shift) else 0
+    for _ in range(steps):
+        _turn_hue_(x, _column(sixths / steps, x))
     return x
+
+
+def _turn_hue_(x: Tensor, sixths: Tensor) -> None:
+    r, g, b = x.split(1, dim=1)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    minus_mid = torch.add(low, high).sub_(r).sub_(g).sub_(b)
+    swing = high.sub(low).mul_(sixths)
+    side = torch.empty_like(x)
+    for one, other, out in zip((g, b, r), (b, r, g), side.split(1, dim=1), strict=True):
+        torch.sub(one, other, out=out)
+    torch.add(minus_mid, x, alpha=2, out=x).addcmul_(side.sign_(), swing, value=-1)
+    torch.clamp(x, low, high, out=x)
 
 
 def to_grey_(x: Tensor) -> Tensor:
@@ -174,26 +207,61 @@ def to_grey_(x: Tensor) -> Tensor:
     return x.copy_(luma(x)[:, None].expand_as(x))
 
 
+@cache
+def _luma_weights(device: torch.device) -> Tensor:
+    return torch.tensor(LUMA, device=device)
+
+
 def luma(x: Tensor) -> Tensor:
     """Give the grey of (n, 3, h, w) as (n, h, w)."""
-    return (x[:, 0] * LUMA[0]).add_(x[:, 1], alpha=LUMA[1]).add_(x[:, 2], alpha=LUMA[2])
+    r, g, b = x.unbind(1)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Blur (n, C, h, w) with Gaussian kernels of 9 pixels and (n,) sigmas, reflected at the borders."""
+    kernels = _half_kernels(sigma.cpu())
+    return _convolve(x, kernels.to(x.device), int(_reaches(kernels).max()) if len(sigma) else 1)
+
+
+def _half_kernels(sigma: Tensor) -> Tensor:
+    """Give the middle and the right half of (n,) Gaussian kernels of sum 1, as (n, 5)."""
+    kernels = torch.exp(-0.5 * (torch.arange(BLUR_KERNEL // 2 + 1) / sigma[:, None]).square())
+    return kernels.div_(2 * kernels.sum(1, keepdim=True) - 1)
+
+
+def _reaches(kernels: Tensor) -> Tensor:
+    """Give how far each kernel's weights reach that are more than a millionth, pixels, at least 1."""
+    return (kernels[:, 1:] > NO_WEIGHT).sum(1).clamp_min_(1)
+
+
+def _convolve(x: Tensor, kernels: Tensor, reach: int) -> Tensor:
+    """Convolve (n, C, h, w) with (n, 5) half kernels up to a reach, along the rows and then along the columns.
+
+    A sum of shifted copies. Each crop lies padded in one stretch of memory, where a shift by a column or by a row is an
+    offset; what runs over the edges ends in the padding.
+    """
     n, channels, height, width = x.shape
-    half = BLUR_KERNEL // 2
-    offset = torch.arange(-half, half + 1, dtype=torch.float32)
-    weights = torch.softmax(-0.5 * (offset / sigma[:, None]).square(), dim=1)
-    weights = weights.to(x.device).repeat_interleave(channels, dim=0)[:, None, None]
-    planes = pad(x, (half,) * 4, mode="reflect").reshape(1, n * channels, height + 2 * half, width + 2 * half)
-    rows = conv2d(planes, weights, groups=n * channels)
-    return conv2d(rows, weights.transpose(2, 3), groups=n * channels).reshape(x.shape)
+    weights = kernels[:, :, None].unbind(1)
+    padded = pad(x, (reach,) * 4, mode="reflect")
+    tall, wide = padded.shape[2:]
+    values = padded.view(n, -1)
+    for step in (1, wide):
+        length = values.shape[1] - 2 * reach * step
+        shifted = values.as_strided((2 * reach + 1, n, length), (step, values.stride(0), 1)).unbind()
+        values = shifted[reach] * weights[0]
+        for d in range(1, reach + 1):
+            values.addcmul_(shifted[reach - d], weights[d]).addcmul_(shifted[reach + d], weights[d])
+    return values.as_strided((n, channels, height, width), (values.stride(0), tall * wide, wide, 1))
 
 
 def solarize_(x: Tensor) -> Tensor:
-    """Invert the values of 128/255 and more, in place."""
-    return x.copy_(torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x))
+    """Invert the values of 128/255 and more, in place.
+
+    The smaller of x and 1 - x: between 127/255 and 128/255, where no 8-bit value lies, this is at most 1/255 from
+    inverting at 128/255, and it has no jump.
+    """
+    return torch.minimum(x, 1 - x, out=x)
 
 
 _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
@@ -201,25 +269,107 @@ _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 )  # fmt: skip
 
 
-def _jitter_(x: Tensor, params: PhotometricParams) -> None:
-    """Run each operation at once on all crops that have it at the same place of their order."""
-    usable = range(4) if x.shape[1] == 3 else range(2)
-    active = [k for k in usable if (params.factors[:, k] != IDENTITY[k]).any()]
-    factors = torch.from_numpy(params.factors).to(x.device)
+def _empty(shape: torch.Size, device: torch.device) -> Tensor:
+    """Give uninitialised float32; on a CPU from NumPy, which asks for huge pages: fewer page faults, 2 µs each."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, device=device)
+
+
+def _chunks(crops: Tensor, params: PhotometricParams) -> Iterator[Rows]:
+    """Give the rows to do at once: on a CPU a cacheful, those with the same operations together."""
+    if crops.device.type != "cpu":
+        if len(params):
+            yield np.arange(len(params))
+        return
+    at_once = max(CHUNK_VALUES // max(crops[:1].numel(), 1), 1)
+    rows = np.argsort(params.order, kind="stable")
+    for same in np.split(rows, 1 + np.flatnonzero(np.diff(params.order[rows]))):
+        yield from (same[i : i + at_once] for i in range(0, len(same), at_once))
+
+
+def _grey(x: Tensor, rows: Rows, grey: np.ndarray[Any, Any]) -> Tensor:
+    """Grey the chosen crops; the three channels of a single one become one, which is less to blur."""
+    if x.shape[1] != 3:
+        return x
+    if len(rows) == 1:
+        return luma(x)[:, None] if grey[rows[0]] else x
+    return _on_subset(x, rows, grey, lambda part, rows: to_grey_(part))
+
+
+def _pieces(x: Tensor, rows: Rows) -> Iterator[tuple[Tensor, Rows]]:
+    """Give what to blur and store at once, neighbours in the batch: on a CPU one crop, small sigmas being less work."""
+    if x.device.type != "cpu":
+        yield x, rows
+        return
+    for i in range(len(rows)):
+        yield x[i : i + 1], rows[i : i + 1]
+
+
+def _active(params: PhotometricParams, channels: int) -> list[int]:
+    """Give the jitter operations that can be run and that change something."""
+    return [k for k in range(4 if channels == 3 else 2) if (params.factors[:, k] != IDENTITY[k]).any()]
+
+
+def _jitter(x: Tensor, params: PhotometricParams, active: Sequence[int]) -> Tensor:
+    """Run each operation at once on all crops that have it at the same place of their order; works in place."""
+    factors = torch.from_numpy(params.factors).unbind(1)
     steps = np.array((*ORDERS, (-1,) * 4))[params.order]
+    if (params.order == params.order[0]).all():
+        for k in steps[0]:
+            x = _JITTER[k](x, factors[k]) if k in active else x
+        return x
     for place in range(4):
         for k in active:
-            rows = torch.from_numpy(np.flatnonzero(steps[:, place] == k)).to(x.device)
-            if len(rows):
-                x.index_copy_(0, rows, _JITTER[k](x.index_select(0, rows), factors[rows, k]))
+            at = np.flatnonzero(steps[:, place] == k)
+            if len(at):
+                _put_(x, at, _JITTER[k](_take(x, at), factors[k][_index(at)]))
+    return x
 
 
-def _on_subset_(x: Tensor, where: np.ndarray[Any, Any], change: Callable[[Tensor, Any], Tensor]) -> None:
-    rows = np.flatnonzero(where)
-    if len(rows):
-        at = torch.from_numpy(rows).to(x.device)
-        x.index_copy_(0, at, change(x.index_select(0, at), rows))
+def _on_subset(x: Tensor, rows: Rows, chosen: np.ndarray[Any, Any], change: Callable[[Tensor, Rows], Tensor]) -> Tensor:
+    """Change those of some crops that are chosen; may work in place.
+
+    Args:
+        x: crops.
+        rows: what their places in the batch are.
+        chosen: whether to change them, for the whole batch.
+        change: takes crops and their places, and may work in place.
+    """
+    if len(rows) == 1:  # the usual case on a CPU
+        return change(x, rows) if chosen[rows[0]] else x
+    at = np.flatnonzero(chosen[rows])
+    if len(at) == len(rows):
+        return change(x, rows)
+    if len(at):
+        part = _take(x, at)
+        changed = change(part, rows[at])
+        if changed is not part or not _is_range(at):
+            _put_(x, at, changed)
+    return x
 
 
-def _column(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
+def _is_range(rows: Rows) -> bool:
+    return len(rows) == 1 or (int(rows[-1] - rows[0]) == len(rows) - 1 and bool((np.diff(rows) == 1).all()))
+
+
+def _index(rows: Rows) -> Tensor | slice:
+    return slice(int(rows[0]), int(rows[-1]) + 1) if _is_range(rows) else torch.from_numpy(rows)
+
+
+def _take(x: Tensor, rows: Rows) -> Tensor:
+    """Give some crops, without copying them where they lie one after the other."""
+    index = _index(rows)
+    return x[index] if isinstance(index, slice) else x.index_select(0, index.to(x.device))
+
+
+def _put_(x: Tensor, rows: Rows, values: Tensor) -> None:
+    index = _index(rows)
+    if isinstance(index, slice):
+        x[index] = values
+    else:
+        x.index_copy_(0, index.to(x.device), values)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values[:, None, None, None].to(like.device)
