@@ -304,7 +304,7 @@ def train(images, out, extra, spoil=lambda trainer: None):
     config = base.model_copy(update=small)
     trainer = Trainer(config)
     spoil(trainer)
-    update, records, last = UpdateNorm(trainer.networks), [], {}
+    update, records, last = UpdateNorm(trainer.engine.networks), [], {}
     trainer.optimizer.register_step_pre_hook(lambda *_: update.before())
     trainer.optimizer.register_step_post_hook(lambda *_: last.update(update.after()))
     trainer.on_step = lambda record: records.append(last | record | {"data_wait": 0.0})

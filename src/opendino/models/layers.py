@@ -91,7 +91,8 @@ def attend_explicitly(qkv: Tensor, num_heads: int) -> Tensor:
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)  # (B·H, N, D/H)
     scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
     mixed: Tensor = torch.bmm(scores.softmax(-1).to(v.dtype), v)
-    return mixed.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
+    merged: Tensor = mixed.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
+    return merged
 
 
 class Attention(nn.Module):

@@ -157,8 +157,8 @@ class PretrainConfig(Settings):
 MAY_CHANGE = frozenset(
     [
         "data", "data_may_change", "out", "probe", "device", "sharding", "activation_checkpointing", "num_workers",
-        "cache_images", "log_every", "loggers", "checkpoint_every", "keep_checkpoints", "milestone_every", "async_checkpoints",
-        "probe_every", "max_bad_steps", "max_rollbacks", "max_errors",
+        "cache_images", "log_every", "loggers", "checkpoint_every", "keep_checkpoints", "milestone_every",
+        "async_checkpoints", "probe_every", "max_bad_steps", "max_rollbacks", "max_errors",
     ]
 )  # fmt: skip
 """Settings that a run may be continued with other values of; the others define what is computed."""

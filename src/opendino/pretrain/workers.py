@@ -59,4 +59,5 @@ def leave_signals_to_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process, whatever the parent does at it
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(TERM_GRACE_S))
