@@ -157,9 +157,12 @@ def test_durations_settings_and_progress_without_speed():
 
 def test_page_parts_are_escaped_and_ordered(tmp_path):
     section = Section(
-        "s", ["p<"], ["c"], [["r"]], [Figure(b"x", "my words")], [Note("ok", "n&")], ["run me"], folded=True
+        "s", ["p<"], ["c"], [["r"]], [Figure(b"x", "my words")], [Note("ok", "n& --optim.lr.")], ["run me"], folded=True
     )
     write_page(tmp_path / "x.html", "t", [section])
     html = (tmp_path / "x.html").read_text()
-    order = [html.index(x) for x in ("n&amp;", "p&lt;", "run me", "<details>", "<td>r", "my words<", "</details>")]
+    order = [
+        html.index(x)
+        for x in ("n&amp; <code>--optim.lr</code>.", "p&lt;", "run me", "<details>", "<td>r", "my words<", "</details>")
+    ]
     assert order == sorted(order)

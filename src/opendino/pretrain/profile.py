@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -230,7 +231,7 @@ def measure_loader(batches: Iterator[Any], batch_size: int, *, warm_up: int = 2,
         budget_s: stops after so many seconds, but not before one counted batch.
     """
     for _ in range(warm_up):
-        next(batches)
+        next(batches, None)
     count, began = 0, time.perf_counter()
     while True:
         if next(batches, None) is None:
@@ -246,6 +247,7 @@ def top_operators(step: Callable[[], Any], device: torch.device, count: int = 12
 
     On a CUDA device the seconds are those of its kernels.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes on devices that are not there say nothing to users
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,13 @@ td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right;overflow
 td:first-child,th:first-child{text-align:left}img{max-width:100%;margin:.3rem .3rem .3rem 0}
 figure{display:inline-block;max-width:100%;margin:.4rem .8rem .4rem 0;vertical-align:top}
 figcaption{font-size:.85em;color:#555;max-width:34rem}
-pre{background:#f6f6f6;padding:.6rem .8rem;overflow-x:auto}summary{cursor:pointer;color:#555}
+code{white-space:nowrap}pre{background:#f6f6f6;padding:.6rem .8rem;overflow-x:auto}summary{cursor:pointer;color:#555}
 .note{border-left:.35rem solid;padding:.4rem .8rem;margin:.5rem 0}.note b{margin-right:.4rem}
 .ok{border-color:#2a7a3b;background:#eef7f0}.watch{border-color:#c98a00;background:#fdf6e5}
 .bad{border-color:#b3261e;background:#fbecea}</style>
 <h1>{{ title }}</h1>
 {% for s in sections %}<h2>{{ s.title }}</h2>
-{% for n in s.notes %}<div class="note {{ n.level }}"><b>{{ n.label }}</b>{{ n.text }}</div>{% endfor %}
+{% for n in s.notes %}<div class="note {{ n.level }}"><b>{{ n.label }}</b>{{ n.text | flags }}</div>{% endfor %}
 {% for p in s.text %}<p>{{ p }}</p>{% endfor %}{% for c in s.commands %}<pre>{{ c }}</pre>{% endfor %}
 {% if s.folded %}<details><summary>show</summary>{% endif %}
 {% if s.rows %}<div class="table"><table><tr>{% for c in s.columns %}<th>{{ c }}</th>{% endfor %}</tr>
@@ -87,7 +88,14 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
         import jinja2
     except ImportError as error:
         raise MissingExtraError("jinja2", "report", "The report") from error
-    template = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
+    from markupsafe import Markup, escape
+
+    environment = jinja2.Environment(autoescape=True)
+    # Command-line flags stay on one line and look like code.
+    environment.filters["flags"] = lambda text: Markup(
+        re.sub(r"(--[a-z][\w.-]*\w)", r"<code>\1</code>", str(escape(text)))
+    )
+    template = environment.from_string(TEMPLATE)
     aside = path.with_name(f".{path.name}")
     aside.write_text(template.render(title=title, sections=sections), encoding="utf-8")
     aside.rename(path)
