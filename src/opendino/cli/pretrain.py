@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,29 +15,32 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from opendino.cli.launching import start_processes
-from opendino.errors import ConfigError
+from opendino.errors import ConfigError, MissingExtraError
 from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
 
+log = logging.getLogger("opendino")
 EXAMPLE = """Train a backbone on your images without labels.
 
 Example:
   opendino pretrain --recipe vitt14_demo --data photos/ --out runs/first --steps 500 --optim.lr 1e-3
 
   opendino pretrain --recipe vitl14_short --data photos/ --out runs/large --nproc 8
+  opendino pretrain --recipe vits14 --data photos/ --batch-size 16 --profile 5
 
 Any setting of the recipe can be given as a flag. --steps compresses the recipe's warm-ups in proportion.
-The run folder then holds config.yaml, metrics.jsonl, checkpoints/ and weights/teacher.safetensors, which
-opendino.load("runs/first") reads."""
+The run folder then holds config.yaml, metrics.jsonl, report.html, checkpoints/ and weights/teacher.safetensors,
+which opendino.load("runs/first") reads. Ctrl-C, SIGTERM and SIGUSR1 save and leave; `opendino resume` continues."""
 
 
 class PretrainArguments(PretrainConfig):
     """Settings of the run, and how it is computed."""
 
     nproc: int = Field(1, description="local processes to compute with; each gets its share of the cores or a GPU")
+    profile: int = Field(0, description="time so many steps, say where the time goes, and leave no run behind")
 
 
-def read_arguments(argv: list[str]) -> tuple[PretrainConfig, int]:
-    """Resolve a recipe and the flags that override it; give the settings and the number of processes."""
+def read_arguments(argv: list[str]) -> tuple[PretrainConfig, PretrainArguments]:
+    """Resolve a recipe and the flags that override it; give the settings, and all that was asked for."""
     base = load_recipe(_value_of("--recipe", argv) or "vits14")
     steps = _value_of("--steps", argv)
     if steps is not None and steps.isdigit() and int(steps) > 0:
@@ -45,10 +49,10 @@ def read_arguments(argv: list[str]) -> tuple[PretrainConfig, int]:
         PretrainArguments, args=argv, default=PretrainArguments(**dict(base)),
         prog="opendino pretrain", description=EXAMPLE, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )  # fmt: skip
-    for flag in ("data", "out"):
+    for flag in ("data",) if arguments.profile else ("data", "out"):
         if not getattr(arguments, flag):
             raise ConfigError(f"--{flag} is missing. Example: opendino pretrain --data photos/ --out runs/first")
-    return PretrainConfig(**{name: getattr(arguments, name) for name in PretrainConfig.model_fields}), arguments.nproc
+    return PretrainConfig(**{name: getattr(arguments, name) for name in PretrainConfig.model_fields}), arguments
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
@@ -62,8 +66,12 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Start a run, or continue the one that --out holds with the same settings."""
-    config, nproc = read_arguments(argv)
-    code = start_processes("pretrain", argv, nproc)
+    config, arguments = read_arguments(argv)
+    if arguments.profile:
+        from opendino.cli.profiling import profile_steps
+
+        return profile_steps(config, arguments.profile)
+    code = start_processes("pretrain", argv, arguments.nproc)
     if code is None:
         run(config)
     return code or 0
@@ -92,11 +100,32 @@ def run(config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
     trainer = Trainer(config, probe=probe, on_step=on_step)
     if trainer.step:
         console.print(f"Continuing {config.out} at step {trainer.step}.")
-    with progress:
-        record = trainer.train()
-    leave()
+    try:
+        with progress:
+            record = trainer.train()
+    finally:
+        leave()
+        if main_process:
+            explain(Path(config.out), quiet)
     console.print(f"Done: {config.out}/weights/teacher.safetensors; opendino.load({config.out!r}) reads it.")
     return record
+
+
+def explain(run: Path, quiet: bool = False) -> None:
+    """Write the run's page and print its verdict, as far as the run has come."""
+    from opendino.cli.report import judge_run, report_run, show
+
+    if not (run / "metrics.jsonl").is_file():
+        return
+    try:
+        path, findings = report_run(run)
+    except MissingExtraError as error:
+        findings, path = judge_run(run), None
+        log.warning("%s", error)
+    if not quiet:
+        show(findings, stderr=True)
+        if path:
+            print(f"{path} has the curves.", file=sys.stderr)
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -126,6 +126,9 @@ class PretrainConfig(Settings):
     sharding: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="over several processes: a copy in each, or shards; auto shards from ViT-L on"
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile the blocks; auto where it pays and a compiler is there"
+    )
     activation_checkpointing: bool = Field(False, description="recompute the student's blocks; less memory, slower")
     num_workers: int = Field(2, ge=0)
     shuffle_buffer: int = Field(8192, ge=1, description="images shuffled together in tar shards and Parquet")
@@ -156,9 +159,9 @@ class PretrainConfig(Settings):
 
 MAY_CHANGE = frozenset(
     [
-        "data", "data_may_change", "out", "probe", "device", "sharding", "activation_checkpointing", "num_workers",
-        "cache_images", "log_every", "loggers", "checkpoint_every", "keep_checkpoints", "milestone_every",
-        "async_checkpoints", "probe_every", "max_bad_steps", "max_rollbacks", "max_errors",
+        "data", "data_may_change", "out", "probe", "device", "sharding", "compile", "activation_checkpointing",
+        "num_workers", "cache_images", "log_every", "loggers", "checkpoint_every", "keep_checkpoints",
+        "milestone_every", "async_checkpoints", "probe_every", "max_bad_steps", "max_rollbacks", "max_errors",
     ]
 )  # fmt: skip
 """Settings that a run may be continued with other values of; the others define what is computed."""

@@ -8,12 +8,16 @@ from torch import nn
 
 from opendino.distributed.collectives import world_size
 from opendino.distributed.sharding import checkpoint_activations, replicate, shard_fully, whole
+from opendino.errors import ConfigError
 from opendino.models.vit import VisionTransformer
+from opendino.pretrain.compiled import can_compile, compile_blocks
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.student_teacher import StudentTeacher
 
 FSDP_FROM = 100_000_000
 """Trained parameters from which `--sharding auto` shards instead of keeping copies: ViT-L and larger."""
+COMPILE_FROM = 2000
+"""Steps of a run on a CPU from which `--compile auto` compiles."""
 ENTRY_POINTS = ("forward_features", "forward_selected")
 """Methods of the backbone that training calls."""
 
@@ -29,6 +33,9 @@ def spread(
     student = model.student["backbone"]
     if config.activation_checkpointing:
         checkpoint_activations(student.blocks)  # type: ignore[arg-type]
+    if wants_compile(config, device):
+        for network in (model.student, model.teacher):
+            compile_blocks(network["backbone"])
     if not uses_fsdp(model, config):
         return replicate(model.to(device), device)
     for network in (model.student, model.teacher):
@@ -42,6 +49,24 @@ def spread(
                 entry_points=ENTRY_POINTS if is_backbone else (),
             )
     return model.to(device)
+
+
+def wants_compile(config: PretrainConfig, device: torch.device) -> bool:
+    """Say whether blocks are to be compiled.
+
+    Auto compiles on CUDA, and on a CPU for runs long enough to earn back the minute that it takes.
+
+    Raises:
+        ConfigError: when it was asked for and there is no compiler.
+    """
+    if config.compile == "auto":
+        return can_compile(device) and (device.type == "cuda" or config.steps >= COMPILE_FROM)
+    if config.compile == "on" and not can_compile(device):
+        raise ConfigError(
+            "--compile on needs a C++ compiler on a CPU and Triton on CUDA, and none was found. Install one (g++ or "
+            "clang++), or leave --compile at auto."
+        )
+    return config.compile == "on"
 
 
 def uses_fsdp(model: StudentTeacher, config: PretrainConfig) -> bool:
