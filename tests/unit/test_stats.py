@@ -69,7 +69,7 @@ def test_the_command_prints_what_pretrain_takes(tmp_path, capsys):
         np.testing.assert_allclose(values["crops"]["mean"], pixels.mean(0), atol=6e-5)
         np.testing.assert_allclose(values["crops"]["std"], pixels.std(0), atol=6e-5)
     flags = text.splitlines()[-1].removeprefix("# ").split()
-    config = read_arguments(["--data", "x", "--out", "y", "--model.in-chans", "5", *flags])
+    config, _ = read_arguments(["--data", "x", "--out", "y", "--model.in-chans", "5", *flags])
     assert list(config.crops.mean) == yaml.safe_load(text)["crops"]["mean"]
     assert main(["stats", str(tmp_path), "--channels", "5", "--images", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 2
