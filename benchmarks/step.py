@@ -50,7 +50,8 @@ def describe(spec: Spec, setting: str, parameters: int, loss: float) -> dict[str
 
 def opendino(spec: Spec, turns: Turns) -> None:
     """`Trainer.train` with a callback at the end of each step."""
-    from opendino.pretrain import trainer as module
+    from opendino.pretrain import engine as module
+    from opendino.pretrain.trainer import Trainer
 
     colours = Stopwatch(module.apply_photometric)
     module.apply_photometric = colours  # the part of the augmentation that the step does on the device
@@ -64,7 +65,7 @@ def opendino(spec: Spec, turns: Turns) -> None:
         data = record["data_wait"] * spec.batch / record["images_per_s"] + colours.take()
         turns.done(images=spec.batch, seconds=total - data, with_data=total)
 
-    run = module.Trainer(opendino_config(spec), on_step=on_step)
+    run = Trainer(opendino_config(spec), on_step=on_step)
     run.train()
 
 
