@@ -200,6 +200,8 @@ class Block(nn.Module):
         Returns:
             Same shape as x, or (len(keep), D).
         """
+        if self.training:  # under autocast the tokens come in half precision, where branches of 1e-5 would be lost
+            x = x.to(torch.promote_types(x.dtype, self.norm1.weight.dtype))
         if subsets is None and self.training and self.drop_path_rate > 0:
             drawn = shapes or [(x.shape[0], x.shape[1])]
             subsets = [random_subset(drawn, self.drop_path_rate, device=x.device) for _ in range(2)]
