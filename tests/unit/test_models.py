@@ -187,12 +187,13 @@ def test_selected_tokens_equal_those_of_the_packed_forward(registers):
     assert selected[1][1].shape == (0, model.embed_dim)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("drop", [0.0, 0.5])
-def test_autocast_training_does_not_lose_small_branches(drop):
+def test_autocast_training_does_not_lose_small_branches(drop, weights):
     """The sum over blocks is kept in fp32: at 1e-5 a branch is below the last bit of a bf16 token."""
     torch.manual_seed(0)
     config = ViTConfig(img_size=28, embed_dim=16, depth=1, num_heads=2, init_values=1e-5, drop_path_rate=drop)
-    block = Block(config).train()
+    block = Block(config).train().to(weights)
     with torch.no_grad():
         for parameter in (block.attn.proj.weight, block.mlp.fc2.weight):
             parameter.normal_()

@@ -51,6 +51,14 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Give norm(x), in fp32 for fp32 tokens even where a sharding wrapper hands out half-precision weights."""
+    if x.dtype is torch.float32 and norm.weight.dtype in (torch.bfloat16, torch.float16):
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+    out: Tensor = norm(x)
+    return out
+
+
 def scaled_linear(x: Tensor, linear: nn.Linear, scale: nn.Module | None) -> Tensor:
     """Give scale(linear(x)), scale being a LayerScale, the identity or None.
 
@@ -200,8 +208,8 @@ class Block(nn.Module):
         Returns:
             Same shape as x, or (len(keep), D).
         """
-        if self.training:  # under autocast the tokens come in half precision, where branches of 1e-5 would be lost
-            x = x.to(torch.promote_types(x.dtype, self.norm1.weight.dtype))
+        if self.training and torch.is_autocast_enabled(x.device.type):
+            x = x if x.dtype is torch.float64 else x.float()  # half precision would lose branches of 1e-5
         if subsets is None and self.training and self.drop_path_rate > 0:
             drawn = shapes or [(x.shape[0], x.shape[1])]
             subsets = [random_subset(drawn, self.drop_path_rate, device=x.device) for _ in range(2)]
@@ -231,11 +239,11 @@ class Block(nn.Module):
         return add_rows(out, rows, self._ffn_branch(out[rows]), scale)
 
     def _attention_branch(self, x: Tensor, shapes: Shapes | None, keep: Tensor | None = None) -> Tensor:
-        out: Tensor = self.attn(self.norm1(x), shapes, keep, self.ls1)
+        out: Tensor = self.attn(normalize(self.norm1, x), shapes, keep, self.ls1)
         return out
 
     def _ffn_branch(self, x: Tensor) -> Tensor:
-        out: Tensor = self.mlp(self.norm2(x), self.ls2)
+        out: Tensor = self.mlp(normalize(self.norm2, x), self.ls2)
         return out
 
 
