@@ -99,7 +99,7 @@ class _CrossEntropy(torch.autograd.Function):
                 parts.append(work.add(loss, start, chunk))
                 start += len(loss.index)
             grad_z, grad_prototypes = work.gradients(prototypes)
-        ctx.save_for_backward(grad_z, grad_prototypes)
+        ctx.gradients = [grad_z, grad_prototypes]
         values = torch.stack(parts)
         total = sum((value * loss.factor for value, loss in zip(parts, losses, strict=True)), z.new_zeros(()))
         ctx.mark_non_differentiable(values)
@@ -107,9 +107,10 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_z, grad_prototypes = ctx.saved_tensors
-        # In place: autograd refuses a second backward pass, and no second (K, d) tensor is made at the peak of memory.
-        scaled = [saved.mul_(grads[0].to(saved.dtype)) for saved in (grad_z, grad_prototypes)]
+        if ctx.gradients is None:
+            raise RuntimeError("The chunked cross-entropy can be differentiated once only.")
+        # Handed over and scaled in place: memory is at its peak, and autograd copies what anybody else still holds.
+        scaled, ctx.gradients = [saved.mul_(grads[0].to(saved.dtype)) for saved in ctx.gradients], None
         return *scaled, None, None, None
 
 
