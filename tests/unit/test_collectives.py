@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from opendino.distributed import collectives as c
 from opendino.pretrain.centering import MovingCenter, TargetRows, sinkhorn_knopp, sinkhorn_offsets
@@ -14,6 +16,7 @@ from opendino.pretrain.config import parse_config
 from opendino.pretrain.depth import DepthDraws
 from opendino.pretrain.heads import BatchNorm
 from opendino.pretrain.losses import koleo_loss
+from opendino.pretrain.optimizer import ema_update
 from opendino.pretrain.student_teacher import Crops, StudentTeacher
 
 WORLD, K, D, TEMP = 2, 7, 5, 0.06
@@ -97,6 +100,10 @@ def of_process(rank):
     loss = koleo_loss(leaf)
     loss.backward()
     out["koleo"] = [loss.detach(), leaf.grad]
+    mesh = init_device_mesh("cpu", (WORLD,))
+    teacher, student = (distribute_tensor(t, mesh, [Shard(0)]) for t in (values["z"].clone(), values["x"]))
+    ema_update([teacher], [student], 0.75)
+    out["average"] = teacher.full_tensor()
     for centering in ("sinkhorn", "moving"):
         out[centering] = step(centering, crops().split(2)[rank], rank * IMAGES // 2)
     return out
@@ -172,6 +179,12 @@ def test_koleo_finds_neighbours_in_other_processes(found):
     loss.backward()
     assert float(sum(out["koleo"][0] for out in found)) / 2 == pytest.approx(float(loss.detach()), rel=1e-12)
     torch.testing.assert_close(torch.cat([out["koleo"][1] for out in found]) / 2, x.grad)
+
+
+def test_the_moving_average_of_sharded_weights(found):
+    values = data()
+    for out in found:
+        torch.testing.assert_close(out["average"], 0.75 * values["z"] + 0.25 * values["x"])
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn", "moving"])

@@ -6,7 +6,7 @@ import torch
 
 from opendino.errors import ConfigError, DataError
 from opendino.models.config import ViTConfig
-from opendino.models.layers import add_rows, random_subset
+from opendino.models.layers import Block, add_rows, random_subset
 from opendino.models.registry import MODELS, get_config
 from opendino.models.vit import VisionTransformer
 
@@ -149,3 +149,57 @@ def test_compiled_model_gives_the_same_tokens_and_gradients(backend):
     for name, parameter in model.named_parameters():
         if name in gradients:
             assert torch.allclose(parameter.grad, gradients[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_training_mode_computes_the_same_tokens_and_gradients(ffn):
+    """In training LayerScale lies in the weights and, on a CPU, attention is written out."""
+    torch.manual_seed(0)
+    config = ViTConfig(img_size=28, embed_dim=16, depth=2, num_heads=2, init_values=0.3, ffn=ffn)
+    model, x = VisionTransformer(config).double(), torch.randn(3, 3, 28, 42, dtype=torch.float64)
+    results = []
+    for training in (True, False):
+        model.train(training).zero_grad()
+        out = model.forward_features(x)["x_norm_patchtokens"]
+        out.sin().sum().backward()
+        results.append((out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
+    assert "blocks.0.ls2.gamma" in results[0][1]
+
+
+def test_fp16_training_keeps_a_small_layer_scale():
+    model = VisionTransformer(ViTConfig(img_size=28, embed_dim=16, depth=1, num_heads=2, init_values=1e-5)).train()
+    with torch.autocast("cpu", torch.float16):
+        model.forward_features(torch.randn(2, 3, 28, 28))["x_prenorm"].float().pow(2).sum().backward()
+    assert model.blocks[0].ls1.gamma.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_selected_tokens_equal_those_of_the_packed_forward(registers):
+    model = tiny(num_register_tokens=registers).train()
+    big, small = torch.randn(3, 3, 56, 56), torch.randn(4, 3, 28, 28)
+    masks = torch.rand(3, (56 // model.patch_size) ** 2) < 0.4
+    packed = model.forward_packed([big, small], [masks, None])
+    selected = model.forward_selected([big, small], [masks, None], [masks, None])
+    torch.testing.assert_close(selected[0][0], packed[0]["x_norm_clstoken"])
+    torch.testing.assert_close(selected[0][1], packed[0]["x_norm_patchtokens"][masks])
+    torch.testing.assert_close(selected[1][0], packed[1]["x_norm_clstoken"])
+    assert selected[1][1].shape == (0, model.embed_dim)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_autocast_training_does_not_lose_small_branches(drop, weights):
+    """The sum over blocks is kept in fp32: at 1e-5 a branch is below the last bit of a bf16 token."""
+    torch.manual_seed(0)
+    config = ViTConfig(img_size=28, embed_dim=16, depth=1, num_heads=2, init_values=1e-5, drop_path_rate=drop)
+    block = Block(config).train().to(weights)
+    with torch.no_grad():
+        for parameter in (block.attn.proj.weight, block.mlp.fc2.weight):
+            parameter.normal_()
+    x = torch.randn(4, 3, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(x)
+    assert out.dtype is torch.float32
+    changed = (out != x.float()).float().mean()
+    assert changed > 0.9 if not drop else 0.2 < changed < 1

@@ -51,6 +51,34 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Give norm(x), in fp32 for fp32 tokens even where a sharding wrapper hands out half-precision weights."""
+    if x.dtype is torch.float32 and norm.weight.dtype in (torch.bfloat16, torch.float16):
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+    out: Tensor = norm(x)
+    return out
+
+
+def scaled_linear(x: Tensor, linear: nn.Linear, scale: nn.Module | None) -> Tensor:
+    """Give scale(linear(x)), scale being a LayerScale, the identity or None.
+
+    In training the factors go into the weights, exactly: γ·(W·x + b) = (γW)·x + γb. That saves three passes over the
+    tokens and keeps no branch output for the backward pass. Not in fp16, which cannot hold 1e-5·W.
+    """
+    if linear.training and isinstance(scale, LayerScale) and not _in_fp16(linear.weight):
+        bias = None if linear.bias is None else linear.bias * scale.gamma
+        return F.linear(x, linear.weight * scale.gamma.unsqueeze(1), bias)
+    out: Tensor = linear(x)
+    return out if scale is None else scale(out)
+
+
+def _in_fp16(weight: Tensor) -> bool:
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind) is torch.float16
+    return weight.dtype is torch.float16
+
+
 class Mlp(nn.Module):
     """Two linear layers with exact GELU between."""
 
@@ -59,9 +87,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        return scaled_linear(F.gelu(self.fc1(x)), self.fc2, scale)
 
 
 class SwiGLU(nn.Module):
@@ -72,10 +99,9 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * hidden_dim)
         self.w3 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
         x1, x2 = self.w12(x).chunk(2, dim=-1)
-        out: Tensor = self.w3(F.silu(x1) * x2)
-        return out
+        return scaled_linear(F.silu(x1) * x2, self.w3, scale)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,9 +116,9 @@ def attend_explicitly(qkv: Tensor, num_heads: int) -> Tensor:
     """
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)  # (B·H, N, D/H)
     scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
-    mixed: Tensor = torch.bmm(scores.softmax(-1).to(v.dtype), v)
-    merged: Tensor = mixed.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
-    return merged
+    mixed = torch.bmm(scores.softmax(-1).to(v.dtype), v)
+    by_token: Tensor = mixed.unflatten(0, (-1, num_heads)).transpose(1, 2)
+    return by_token.flatten(2)
 
 
 class Attention(nn.Module):
@@ -109,7 +135,9 @@ class Attention(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, shapes: Shapes | None = None, keep: Tensor | None = None, scale: nn.Module | None = None
+    ) -> Tensor:
         """(B, N, D) → (B, N, D), or packed (T, D) → (T, D); only the rows `keep` of a packed result when given."""
         qkv = self.qkv(x)
         if shapes is None:
@@ -119,8 +147,7 @@ class Attention(nn.Module):
             mixed = torch.cat(
                 [self._mix(p.unflatten(0, shape)).flatten(0, 1) for p, shape in zip(parts, shapes, strict=True)]
             )
-        out: Tensor = self.proj(mixed if keep is None else mixed[keep])
-        return out
+        return scaled_linear(mixed if keep is None else mixed[keep], self.proj, scale)
 
     def _mix(self, qkv: Tensor) -> Tensor:
         if not qkv.numel():  # no image of this group was kept by stochastic depth
@@ -181,6 +208,8 @@ class Block(nn.Module):
         Returns:
             Same shape as x, or (len(keep), D).
         """
+        if self.training and torch.is_autocast_enabled(x.device.type):
+            x = x if x.dtype is torch.float64 else x.float()  # half precision would lose branches of 1e-5
         if subsets is None and self.training and self.drop_path_rate > 0:
             drawn = shapes or [(x.shape[0], x.shape[1])]
             subsets = [random_subset(drawn, self.drop_path_rate, device=x.device) for _ in range(2)]
@@ -210,11 +239,11 @@ class Block(nn.Module):
         return add_rows(out, rows, self._ffn_branch(out[rows]), scale)
 
     def _attention_branch(self, x: Tensor, shapes: Shapes | None, keep: Tensor | None = None) -> Tensor:
-        out: Tensor = self.ls1(self.attn(self.norm1(x), shapes, keep))
+        out: Tensor = self.attn(normalize(self.norm1, x), shapes, keep, self.ls1)
         return out
 
     def _ffn_branch(self, x: Tensor) -> Tensor:
-        out: Tensor = self.ls2(self.mlp(self.norm2(x)))
+        out: Tensor = self.mlp(normalize(self.norm2, x), self.ls2)
         return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opendino.errors import DataError
 from opendino.models.config import PreprocessSpec, ViTConfig
-from opendino.models.layers import Block, LayerScale, PatchEmbed, Shapes, Subset
+from opendino.models.layers import Block, LayerScale, PatchEmbed, Shapes, Subset, normalize
 from opendino.models.positions import resize_pos_embed
 
 Features = dict[str, Any]
@@ -178,7 +178,7 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             packed = block(packed, shapes, _subsets(depth, i, block, shapes, packed.device))
         lengths = [b * n for b, n in shapes]
-        parts = zip(packed.split(lengths), self.norm(packed).split(lengths), shapes, masks, strict=True)
+        parts = zip(packed.split(lengths), normalize(self.norm, packed).split(lengths), shapes, masks, strict=True)
         return [self._split(raw.unflatten(0, s), normed.unflatten(0, s), m) for raw, normed, s, m in parts]
 
     def forward_selected(
@@ -207,7 +207,7 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             subsets = _subsets(depth, i, block, shapes, tokens.device)
             tokens = block(tokens, shapes, subsets, torch.cat(keep) if i == last else None)
-        parts = iter(self.norm(tokens).split([len(k) for k in keep]))
+        parts = iter(normalize(self.norm, tokens).split([len(k) for k in keep]))
         return list(zip(parts, parts, strict=True))
 
     def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, list[tuple[int, int]]]:

@@ -3,6 +3,7 @@
 
 One block is compiled and its code serves all blocks of its kind, so the time to compile does not grow with the depth.
 Losses, heads and optimiser stay as they are: their time is in matrix products and in passes that are already fused.
+On a CPU without matrix units a step is nearly all matrix products, and compiling gains nothing there.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from opendino.pretrain.centering import TargetRows, chunk_rows
@@ -72,9 +73,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+@torch.no_grad()
 def unit_rows(weight: Tensor, dtype: torch.dtype, eps: float = 1e-12) -> Tensor:
     """Divide each row by its norm, which is taken in fp32 or wider, and round to `dtype`."""
-    return torch.nn.functional.normalize(_wide(weight), dim=1, eps=eps).to(dtype)
+    out = torch.empty_like(weight, dtype=dtype)
+    for rows, source in zip(out.split(BLOCK), weight.split(BLOCK), strict=True):
+        rows.copy_(F.normalize(_wide(source), dim=1, eps=eps))
+    return out
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ class _CrossEntropy(torch.autograd.Function):
                 parts.append(work.add(loss, start, chunk))
                 start += len(loss.index)
             grad_z, grad_prototypes = work.gradients(prototypes)
-        ctx.save_for_backward(grad_z, grad_prototypes)
+        ctx.gradients = [grad_z, grad_prototypes]
         values = torch.stack(parts)
         total = sum((value * loss.factor for value, loss in zip(parts, losses, strict=True)), z.new_zeros(()))
         ctx.mark_non_differentiable(values)
@@ -102,8 +107,10 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_z, grad_prototypes = ctx.saved_tensors
-        scaled = [saved * grads[0].to(saved.dtype) for saved in (grad_z, grad_prototypes)]
+        if ctx.gradients is None:
+            raise RuntimeError("The chunked cross-entropy can be differentiated once only.")
+        # Handed over and scaled in place: memory is at its peak, and autograd copies what anybody else still holds.
+        scaled, ctx.gradients = [saved.mul_(grads[0].to(saved.dtype)) for saved in ctx.gradients], None
         return *scaled, None, None, None
 
 
