@@ -70,6 +70,7 @@ def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     args = words[1:]
     if args[0] == "pretrain":
         args = [*args, *SMALL]
+    if args[0] == "pretrain" and "--out" in args:
         args[args.index("--out") + 1] = str(tmp_path / "run")
     elif "--out" in args:
         args[args.index("--out") + 1] = str(tmp_path / "out")
