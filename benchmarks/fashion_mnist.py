@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=PEERS)
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--every", type=float, default=15.0, help="training seconds between scores")
+    parser.add_argument("--every", type=float, default=20.0, help="training seconds between scores")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", type=json.loads, default={}, help='settings of the recipe, as {"optim.lr": 1e-3}')
     parser.add_argument("--table", type=Path, metavar="DIR", help="print the table of DIR and end")
