@@ -184,16 +184,21 @@ def test_every_student_parameter_moves_alike(pair):
     for n, network in truth.student.items():
         for k, after in network.items():
             ours, wanted = recorder.after["student"][n][k] - recorder.student[n][k], after - recorder.student[n][k]
+            # AdamW's first step is g / (|g| + 1e-8): elements far below their tensor's gradient step along round-off.
+            gradient = recorder.gradients[n, k].abs()
+            sure = gradient >= 1e-3 * gradient.square().mean().sqrt()
+            assert sure.double().mean() > 0.6, (n, k)
             if k.endswith("qkv.bias"):
                 # A shift of all keys changes no softmax: their bias has no gradient, and AdamW steps along round-off.
-                queries, keys, values = (slice(i * WIDTH, (i + 1) * WIDTH) for i in range(3))
+                keys = slice(WIDTH, 2 * WIDTH)
                 assert recorder.gradients[n, k][keys].norm() < GRADIENT * recorder.gradients[n, k].norm()
-                ours, wanted = (torch.cat([t[queries], t[values]]) for t in (ours, wanted))
+                sure[keys] = False
             if k == "last_layer.weight" and not recorder.record["last_layer_lr"]:
                 assert not ours.any()
                 assert not wanted.any()
             else:
-                assert distance(ours, wanted) < MOVE, (n, k, distance(ours, wanted))
+                found = distance(ours[sure], wanted[sure])
+                assert found < MOVE, (n, k, found)
 
 
 def test_teacher_and_centres_agree_after_the_step(pair):
