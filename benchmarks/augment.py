@@ -86,12 +86,14 @@ def as_jpeg(picture: Image.Image, quality: int) -> bytes:
 
 def opendino(spec: Spec, paths: list[str]) -> tuple[Batches, str]:
     """What the trainer does: samples from the data set, put together, colours for the whole batch."""
-    from opendino.images.decode import decode_image
+    from opendino.images.arrays import read_image
     from opendino.images.sources import open_source
     from opendino.pretrain import data
     from opendino.pretrain.crops import CropsConfig
+    from opendino.pretrain.memory import keep_freed_memory
     from opendino.pretrain.photometric import apply_photometric
 
+    keep_freed_memory()  # as the engine does on a CPU
     crops = CropsConfig(global_size=spec.size, local_size=spec.local_size, num_local=spec.num_local)
     dataset = data.PretrainDataset(open_source(Path(paths[0]).parent), crops)
     place = {path: i for i, path in enumerate(paths)}
@@ -100,11 +102,11 @@ def opendino(spec: Spec, paths: list[str]) -> tuple[Batches, str]:
     def timed(*args: Any, **kwargs: Any) -> Any:
         nonlocal decoding
         started = time.perf_counter()
-        image = decode_image(*args, **kwargs)
+        image = read_image(*args, **kwargs)
         decoding += time.perf_counter() - started
         return image
 
-    data.decode_image = timed
+    data.read_image = timed
 
     def augment(batch: list[str]) -> dict[str, float]:
         nonlocal counter, decoding
@@ -123,7 +125,7 @@ def opendino(spec: Spec, paths: list[str]) -> tuple[Batches, str]:
             "colours_local": ended - coloured,
         }
 
-    return augment, "PretrainDataset, collate and apply_photometric"
+    return augment, "PretrainDataset, collate and apply_photometric, with freed memory kept as in training"
 
 
 # --- peers ---------------------------------------------------------------------------------------------------------

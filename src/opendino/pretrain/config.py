@@ -127,7 +127,7 @@ class PretrainConfig(Settings):
         "auto", description="over several processes: a copy in each, or shards; auto shards from ViT-L on"
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile the blocks; auto where it pays and a compiler is there"
+        "auto", description="torch.compile the blocks; auto on CUDA only, a CPU gains nothing"
     )
     activation_checkpointing: bool = Field(False, description="recompute the student's blocks; less memory, slower")
     num_workers: int = Field(2, ge=0)

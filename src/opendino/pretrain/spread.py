@@ -16,8 +16,6 @@ from opendino.pretrain.student_teacher import StudentTeacher
 
 FSDP_FROM = 100_000_000
 """Trained parameters from which `--sharding auto` shards instead of keeping copies: ViT-L and larger."""
-COMPILE_FROM = 2000
-"""Steps of a run on a CPU from which `--compile auto` compiles."""
 ENTRY_POINTS = ("forward_features", "forward_selected")
 """Methods of the backbone that training calls."""
 
@@ -54,13 +52,13 @@ def spread(
 def wants_compile(config: PretrainConfig, device: torch.device) -> bool:
     """Say whether blocks are to be compiled.
 
-    Auto compiles on CUDA, and on a CPU for runs long enough to earn back the minute that it takes.
+    Auto compiles on CUDA only: on a CPU it gains nothing and takes a minute (benchmarks/RESULTS.md).
 
     Raises:
         ConfigError: when it was asked for and there is no compiler.
     """
     if config.compile == "auto":
-        return can_compile(device) and (device.type == "cuda" or config.steps >= COMPILE_FROM)
+        return device.type == "cuda" and can_compile(device)
     if config.compile == "on" and not can_compile(device):
         raise ConfigError(
             "--compile on needs a C++ compiler on a CPU and Triton on CUDA, and none was found. Install one (g++ or "
