@@ -97,11 +97,10 @@ class Checkpointer:
         if writing is None:
             return
         problem = writing.wait()
-        if all_true(problem is None):
-            problem = self._put_in_place(writing) if is_main() else None
-        problem = broadcast_object(
-            problem or ("another process could not write" if not all_true(not problem) else None)
-        )
+        written = all_true(problem is None)
+        if written and is_main():
+            problem = self._put_in_place(writing)
+        problem = broadcast_object(problem) or (None if written else "another process could not write its part")
         if problem is None:
             return
         if is_main():

@@ -115,7 +115,7 @@ class Engine:
         else:
             self.model.centers.load_state_dict(centers)
         with self.clock.span("log"):
-            record |= self.telemetry.figures(step, self.teacher, micro_batches, targets)
+            record |= self.telemetry.figures(step, self.teacher, micro_batches, targets, self._autocast())
         return record
 
     def _crops(self, batch: Batch, step: int) -> Crops:

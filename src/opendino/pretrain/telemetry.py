@@ -16,6 +16,9 @@ from opendino.pretrain.health import UpdateNorm, health, token_norms
 from opendino.pretrain.samples import sample_pictures
 from opendino.pretrain.student_teacher import Crops, Targets
 
+NORM_CROPS = 8
+"""Global crops whose token norms are looked at: two thousand tokens at 224 px, and little work."""
+
 
 class Telemetry:
     """Watches the steps of one run; every process has one and calls it alike, process 0 looks and writes.
@@ -44,14 +47,28 @@ class Telemetry:
 
     @torch.no_grad()
     def figures(
-        self, step: int, teacher: VisionTransformer, micro_batches: Sequence[Crops], targets: Sequence[Targets]
+        self,
+        step: int,
+        teacher: VisionTransformer,
+        micro_batches: Sequence[Crops],
+        targets: Sequence[Targets],
+        autocast: torch.autocast,
     ) -> dict[str, float]:
-        """Give the health figures of a log step, else nothing; draw the crops of a probe step."""
+        """Give the health figures of a log step, else nothing; draw the crops of a probe step.
+
+        Args:
+            step: from 0.
+            teacher: backbone; its token norms cost a forward pass over a few crops.
+            micro_batches: of the step.
+            targets: what the teacher said about them.
+            autocast: context of that forward pass.
+        """
         if step == 0 or (step + 1) % self.config.probe_every == 0:
             self._draw(step, micro_batches[0])
         if not self.is_log_step(step):
             return {}
-        norms = token_norms(teacher, micro_batches[0].global_crops)
+        with autocast:
+            norms = token_norms(teacher, micro_batches[0].global_crops, NORM_CROPS)
         if not is_main():
             return {}
         return health(
