@@ -102,10 +102,10 @@ def test_chunks_give_what_each_crop_alone_gives(monkeypatch):
         [P.draw_photometric(CropsConfig(), (0.5, 0.5), (0.5, 0.5), sample_rng(1, i)) for i in range(12)]
     )
     together = P.apply_photometric(x, p, CropsConfig())
-    alone = torch.cat([P.apply_photometric(x[i : i + 1], p.take([i]), CropsConfig()) for i in range(24)])
+    of_each = [P.PhotometricParams(**{name: values[[i]] for name, values in vars(p).items()}) for i in range(24)]
+    alone = torch.cat([P.apply_photometric(x[i : i + 1], of_each[i], CropsConfig()) for i in range(24)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     monkeypatch.setattr(P, "_chunks", lambda crops, params: [np.arange(len(params))])  # as on a GPU
-    monkeypatch.setattr(P, "_pieces", lambda x, rows: [(x, rows)])
     torch.testing.assert_close(P.apply_photometric(x, p, CropsConfig()), together, atol=1e-5, rtol=0)
 
 

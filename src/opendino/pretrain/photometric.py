@@ -31,6 +31,8 @@ NO_WEIGHT = 1e-6
 CHUNK_VALUES = 8 * 3 * 98 * 98
 """Values that go through the colour operations together on a CPU: 0.9 MB, about a core's own cache."""
 ORDERS = tuple(permutations(range(4)))
+STEPS = np.array((*ORDERS, (-1,) * 4))
+"""Operations of each order, (25, 4); the last row, which index -1 means, has none."""
 IDENTITY = np.array([1, 1, 1, 0], np.float32)
 DRAWS = 10
 MIN_SIGMA = 1e-2
@@ -58,10 +60,6 @@ class PhotometricParams:
 
     def __len__(self) -> int:
         return len(self.order)
-
-    def take(self, rows: np.ndarray[Any, Any]) -> PhotometricParams:
-        """Give the parameters of some crops."""
-        return PhotometricParams(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @classmethod
     def crop_major(cls, samples: Sequence[PhotometricParams]) -> PhotometricParams:
@@ -138,12 +136,14 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
     with torch.no_grad():
         for rows in _chunks(crops, params):
             x = _take(crops, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-            x = _jitter(x, params.take(rows), active)
-            for piece, at in _pieces(x, rows):
-                piece = _grey(piece, at, params.grey)
-                piece = _on_subset(piece, at, blurred, convolve)
-                piece = _on_subset(piece, at, params.solarize, lambda part, rows: solarize_(part))
-                torch.mul(piece, scale, out=out[at[0] : at[-1] + 1]).add_(shift)
+            x = _jitter(x, params.order[rows], params.factors[rows], active)
+            x = _grey(x, rows, params.grey)
+            x = _on_subset(x, rows, blurred, convolve)
+            x = _on_subset(x, rows, params.solarize, lambda part, rows: solarize_(part))
+            if _is_range(rows):
+                torch.mul(x, scale, out=out[rows[0] : rows[-1] + 1]).add_(shift)
+            else:
+                _put_(out, rows, x.mul_(scale).add_(shift))
     return out
 
 
@@ -297,28 +297,19 @@ def _grey(x: Tensor, rows: Rows, grey: np.ndarray[Any, Any]) -> Tensor:
     return _on_subset(x, rows, grey, lambda part, rows: to_grey_(part))
 
 
-def _pieces(x: Tensor, rows: Rows) -> Iterator[tuple[Tensor, Rows]]:
-    """Give what to blur and store at once, neighbours in the batch: on a CPU one crop, small sigmas being less work."""
-    if x.device.type != "cpu":
-        yield x, rows
-        return
-    for i in range(len(rows)):
-        yield x[i : i + 1], rows[i : i + 1]
-
-
 def _active(params: PhotometricParams, channels: int) -> list[int]:
     """Give the jitter operations that can be run and that change something."""
     return [k for k in range(4 if channels == 3 else 2) if (params.factors[:, k] != IDENTITY[k]).any()]
 
 
-def _jitter(x: Tensor, params: PhotometricParams, active: Sequence[int]) -> Tensor:
+def _jitter(x: Tensor, order: np.ndarray[Any, Any], factors_of: np.ndarray[Any, Any], active: Sequence[int]) -> Tensor:
     """Run each operation at once on all crops that have it at the same place of their order; works in place."""
-    factors = torch.from_numpy(params.factors).unbind(1)
-    steps = np.array((*ORDERS, (-1,) * 4))[params.order]
-    if (params.order == params.order[0]).all():
-        for k in steps[0]:
+    factors = torch.from_numpy(factors_of).unbind(1)
+    if order.min() == order.max():
+        for k in STEPS[order[0]]:
             x = _JITTER[k](x, factors[k]) if k in active else x
         return x
+    steps = STEPS[order]
     for place in range(4):
         for k in active:
             at = np.flatnonzero(steps[:, place] == k)
@@ -367,6 +358,9 @@ def _put_(x: Tensor, rows: Rows, values: Tensor) -> None:
     index = _index(rows)
     if isinstance(index, slice):
         x[index] = values
+    elif x.device.type == "cpu":  # where index_copy_ is many times slower
+        for row, value in zip(rows.tolist(), values, strict=True):
+            x[row].copy_(value)
     else:
         x.index_copy_(0, index.to(x.device), values)
 
