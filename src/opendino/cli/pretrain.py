@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from opendino.cli.launching import start_processes
-from opendino.errors import ConfigError, MissingExtraError
+from opendino.errors import ConfigError, DataError, MissingExtraError
 from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
 
 log = logging.getLogger("opendino")
@@ -23,7 +23,6 @@ EXAMPLE = """Train a backbone on your images without labels.
 
 Example:
   opendino pretrain --recipe vitt14_demo --data photos/ --out runs/first --steps 500 --optim.lr 1e-3
-
   opendino pretrain --recipe vitl14_short --data photos/ --out runs/large --nproc 8
   opendino pretrain --recipe vits14 --data photos/ --batch-size 16 --profile 5
 
@@ -112,7 +111,7 @@ def run(config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
 
 
 def explain(run: Path, quiet: bool = False) -> None:
-    """Write the run's page and print its verdict, as far as the run has come."""
+    """Write the run's page and print its verdict, as far as the run has come; without a step there is nothing to say."""
     from opendino.cli.report import judge_run, report_run, show
 
     if not (run / "metrics.jsonl").is_file():
@@ -122,6 +121,8 @@ def explain(run: Path, quiet: bool = False) -> None:
     except MissingExtraError as error:
         findings, path = judge_run(run), None
         log.warning("%s", error)
+    except DataError:  # it ended before its first step, for a reason that is told anyway
+        return
     if not quiet:
         show(findings, stderr=True)
         if path:
@@ -131,7 +132,7 @@ def explain(run: Path, quiet: bool = False) -> None:
 def describe(record: dict[str, Any]) -> str:
     """Put the figures of a step on one line."""
     parts = [f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "koleo") if k in record]
-    parts += [f"{record['images_per_s']:.0f} images/s", f"waiting for data {100 * record['data_wait']:.0f} %"]
+    parts += [f"{record['images_per_s']:.3g} images/s", f"waiting for data {100 * record['data_wait']:.0f} %"]
     parts += [f"{k} {v:.1f}" for k, v in record.get("probe", {}).items()]
     if record["bad_steps"]:
         parts.append(f"{record['bad_steps']} steps skipped")
