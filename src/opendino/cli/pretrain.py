@@ -111,7 +111,7 @@ def run(config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
 
 
 def explain(run: Path, quiet: bool = False) -> None:
-    """Write the run's page and print its verdict, as far as the run has come; without a step there is nothing to say."""
+    """Write the run's page and print its verdict, as far as it has come; nothing before its first step."""
     from opendino.cli.report import judge_run, report_run, show
 
     if not (run / "metrics.jsonl").is_file():
