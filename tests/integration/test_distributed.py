@@ -75,6 +75,21 @@ def test_accumulation_over_processes_and_activation_checkpointing_change_nothing
     assert largest_difference(tmp_path / "b", tmp_path / "c") < 1e-5
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_shards_compute_in_half_precision(precision, images, tmp_path):
+    """fp16 begins with overflows, which halve its loss scale in both processes alike; then it trains."""
+    steps = 16
+    arguments = pretrain(images, tmp_path / "one", steps), pretrain(images, tmp_path / "two", steps)
+    for words, mode in zip(arguments, ("one", "fsdp"), strict=True):
+        words[words.index("--precision") + 1] = precision
+        opendino(*words, *MODES[mode])
+    one, two = (list(losses(tmp_path / name).values()) for name in ("one", "two"))
+    assert one[:2] == pytest.approx(two[:2], rel=5e-3)
+    assert max(two[-3:]) < min(two[:3])
+    assert records(tmp_path / "two")[-1]["bad_steps"] == 0
+    assert all(w.dtype is torch.float32 for w in weights(tmp_path / "two").values() if w.is_floating_point())
+
+
 def test_a_batch_that_cannot_be_shared_and_a_wrong_number_are_one_paragraph(images, tmp_path):
     done = opendino(*pretrain(images, tmp_path / "run", 2), "--nproc", "3", check=False)
     assert done.returncode == 2

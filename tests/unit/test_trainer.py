@@ -233,3 +233,11 @@ def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path):
     with run.folder.held(), pytest.raises(ConfigError, match="Another process is training in"):
         other.train()
     assert other.train()["step"] == 6
+
+
+def test_a_run_writes_to_the_loggers_that_it_names(images, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = trainer(images, tmp_path / "run", "loggers: [tensorboard]")
+    run.train()
+    (file,) = (run.run / "tensorboard").glob("events.out.*")
+    assert b"grad_norm_backbone" in file.read_bytes()

@@ -159,7 +159,7 @@ class VisionTransformer(nn.Module):
         tokens = self.prepare_tokens(x, masks)
         for block in self.blocks:
             tokens = block(tokens)
-        return self._split(tokens, self.norm(tokens), masks)
+        return self._split(tokens, normalize(self.norm, tokens), masks)
 
     def forward_packed(
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], depth: DepthPlan | None = None
@@ -266,7 +266,7 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             tokens = block(tokens)
             if i in wanted:
-                outputs.append(self.norm(tokens) if norm else tokens)
+                outputs.append(normalize(self.norm, tokens) if norm else tokens)
         patches = [t[:, 1 + self.num_register_tokens :] for t in outputs]
         if reshape:
             patches = [p.unflatten(1, (h, w)).permute(0, 3, 1, 2).contiguous() for p in patches]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opendino.distributed.collectives import all_sum
+from opendino.distributed.sharding import local
 
 OUTLIER_FACTOR = 4.0
 """A token is an outlier when its norm exceeds this multiple of the median of its kind. The artefact tokens of Darcet et
@@ -183,7 +184,7 @@ class UpdateNorm:
 
 def _local(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Give each parameter's part on this process: the shard of a DTensor, the whole of any other."""
-    return [getattr(p, "_local_tensor", p).detach() for p in parameters]
+    return [local(p).detach() for p in parameters]
 
 
 def _squared_norm(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opendino.distributed.sharding import local
+
 Group = dict[str, Any]
 
 
@@ -101,12 +103,4 @@ def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: f
 
     Both sides must be sharded alike: then each process averages what it holds, without talking to the others.
     """
-    torch._foreach_lerp_([_local(t) for t in teacher], [_local(s) for s in student], 1 - momentum)
-
-
-def _local(x: Tensor) -> Tensor:
-    """The part of a DTensor that this process holds; any other tensor as it is."""
-    if not hasattr(x, "to_local"):
-        return x
-    part: Tensor = x.to_local()
-    return part
+    torch._foreach_lerp_([local(t) for t in teacher], [local(s) for s in student], 1 - momentum)
