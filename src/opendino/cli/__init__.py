@@ -13,7 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("models", "list the named architectures and where their weights are"),
     "convert": ("convert", "rewrite a weight file for the original, transformers or timm"),
     "embed": ("embed", "turn images into feature vectors on disk"),
-    "eval": ("evaluate", "score frozen features: knn"),
+    "eval": ("evaluate", "score frozen features as the paper does"),
     "visualize": ("visualize", "draw what a model sees: pca, attention"),
     "pretrain": ("pretrain", "train a backbone on your images without labels"),
     "resume": ("resume", "continue an interrupted pre-training run"),
