@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SUN-RGBD, on which depth heads trained on NYU-Depth v2 are scored without training.
+
+SENSOR/…/FRAME/image/*.jpg  SENSOR/…/FRAME/depth_bfx/*.png (else depth/)    SENSOR is kv1, kv2, realsense or xtion
+SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat                                alltrain, alltest: folders of frames
+
+A depth file holds millimetres in 16 bits, rotated left by three: metres are ((v >> 3) | (v << 13)) / 1000.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from opendino.errors import DataError
+from opendino.evaluate.datasets.folders import FolderDepth, read_plane
+from opendino.evaluate.datasets.layout import Layout, Opened, read_mat, variable
+from opendino.images.sources import EXTENSIONS
+
+SENSORS = ("kv1", "kv2", "realsense", "xtion")
+SPLIT = tuple(
+    f"{up}SUNRGBDtoolbox/{folder}/allsplit.mat"
+    for up in ("", "../")
+    for folder in ("traintestSUNRGBD", "traintestsplit")
+)
+MAX_DEPTH = 10.0
+
+
+class RotatedDepth(FolderDepth):
+    """Depth files whose 16 bits are rotated left by three."""
+
+    def depth(self, index: int) -> Tensor:
+        """Read depths, float32 (H, W) in metres, 0 where unknown."""
+        raw = read_plane(self.depths[index]).int()
+        return (((raw >> 3) | (raw << 13)) & 0xFFFF).float() * self.scale
+
+
+def open_sunrgbd(root: Path, split: str) -> Opened:
+    """Open train, test or all frames."""
+    frames, skipped = _frames(root)
+    notes = [f"{len(skipped)} frames lack an image or a depth file, such as {skipped[0]}."] if skipped else []
+    if split == "all":
+        if _split_file(root) is None:
+            notes.append("SUNRGBDtoolbox with allsplit.mat is not there, so train and test cannot be told apart.")
+        kept = frames
+    else:
+        kept = _chosen(root, split, frames)
+    if not kept:
+        raise DataError(f"{root} has no frames with image/ and depth_bfx/ below {', '.join(SENSORS)}.")
+    images, depths = [i for i, _ in kept.values()], [d for _, d in kept.values()]
+    return Opened(RotatedDepth(str(root), images, depths, scale=0.001, max_depth=MAX_DEPTH), tuple(notes))
+
+
+def _frames(root: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Give image and depth file of each frame folder, and the folders that lack one."""
+    found, skipped = {}, []
+    for sensor in SENSORS:
+        for place, folders, _ in os.walk(root / sensor):
+            if "image" not in folders:
+                continue
+            frame = Path(place)
+            folders[:] = []  # a frame has nothing further below
+            image = _only(frame / "image", EXTENSIONS)
+            depth = _only(frame / "depth_bfx", (".png",)) or _only(frame / "depth", (".png",))
+            name = frame.relative_to(root).as_posix()
+            if image is None or depth is None:
+                skipped.append(name)
+            else:
+                found[name] = (image, depth)
+    return dict(sorted(found.items())), skipped
+
+
+def _only(folder: Path, suffixes: object) -> Path | None:
+    if not folder.is_dir():
+        return None
+    return next((p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes), None)  # type: ignore[operator]
+
+
+def _chosen(root: Path, split: str, frames: dict[str, tuple[Path, Path]]) -> dict[str, tuple[Path, Path]]:
+    file = _split_file(root)
+    assert file is not None
+    listed = np.atleast_1d(variable(read_mat(file), f"all{split}", file)).tolist()
+    names = [str(p).split("SUNRGBD/", 1)[-1].strip("/") for p in listed]  # /n/fs/sun3d/data/SUNRGBD/kv1/…
+    missing = [n for n in names if n not in frames]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(names)} frames that {file} names are not in {root}, such as {missing[0]}. Unpack "
+            "SUNRGBD.zip again."
+        )
+    return {n: frames[n] for n in names}
+
+
+def _split_file(root: Path) -> Path | None:
+    return next((p for name in SPLIT if (p := root / name).is_file()), None)
+
+
+def _splits(root: Path) -> list[str]:
+    return ["train", "test", "all"] if _split_file(root) else ["all"]
+
+
+LAYOUTS = (
+    Layout("SUN-RGBD", "depth", ("kv1|kv2|realsense|xtion",), _splits, open_sunrgbd, ("SUNRGBD",)),
+)  # fmt: skip
