@@ -257,12 +257,16 @@ def test_sun_rgbd(tmp_path):
         assert (found.name, dict(found.splits)) == ("SUN-RGBD", {"all": 3})
         assert "allsplit.mat is not there" in found.notes[0]
     every = open_depth(root, "all")
-    assert [every.depth(i).unique().item() for i in range(3)] == pytest.approx([2.5, 9.999, 0.001])
+    assert [every.depth(i).unique().item() for i in range(3)] == pytest.approx([2.5, 8, 0.001])
+    assert (every.crop, every.max_depth) == ("eigen", 8)
     (tmp_path / "SUNRGBDtoolbox/traintestSUNRGBD").mkdir(parents=True)
     split = {"alltrain": cells(names[:2]), "alltest": cells([names[2] + "/"])}
     savemat(tmp_path / "SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat", split)
     assert dict(detect(tmp_path)[0].splits) == {"train": 2, "test": 1, "all": 3}
     assert "xtion" in open_depth(tmp_path, "test").name(0)
+    write(tmp_path / "SUNRGBD_val_splits.txt", f"SUNRGBD/{names[0]}/image/x.jpg SUNRGBD/{names[0]}/depth/z.png")
+    save(root / names[0] / "depth/z.png", np.full(SHAPE, rotated(3.21), np.uint16))
+    assert open_depth(root, "val").depth(0).unique().item() == pytest.approx(3.21)
     (root / "kv1/NYUdata/NYU0001/image/x.jpg").unlink()
     with pytest.raises(DataError, match=r"1 of 2 frames that .*allsplit\.mat names .*kv1/NYUdata/NYU0001"):
         open_depth(root, "train")

@@ -14,7 +14,7 @@ from opendino.evaluate.datasets.types import DepthCrop
 
 def open_depth_list(
     root: Path, listed: Path, images: Sequence[Path], depths: Sequence[Path], *, scale: float, min_depth: float,
-    max_depth: float, crop: DepthCrop,
+    max_depth: float, crop: DepthCrop, made: type[FolderDepth] = FolderDepth,
 ) -> Opened:  # fmt: skip
     """Open a list; lines whose depth is None have no ground truth and are left out with a note.
 
@@ -27,6 +27,7 @@ def open_depth_list(
         min_depth: metres.
         max_depth: metres.
         crop: the part that is scored.
+        made: the class of the set.
 
     Raises:
         DataError: for a line of one part, or files that are not there.
@@ -38,9 +39,7 @@ def open_depth_list(
         raise DataError(f"{listed} names no image with a depth file.")
     found_images = _find(images, [p[0] for p in known], listed)
     found_depths = _find(depths, [p[1] for p in known], listed)
-    data = FolderDepth(
-        str(root), found_images, found_depths, scale=scale, min_depth=min_depth, max_depth=max_depth, crop=crop
-    )
+    data = made(str(root), found_images, found_depths, scale=scale, min_depth=min_depth, max_depth=max_depth, crop=crop)
     without = len(pairs) - len(known)
     note = f"{without} of the {len(pairs)} lines of {listed.name} have no depth file (None) and are left out."
     return Opened(data, (note,) if without else ())

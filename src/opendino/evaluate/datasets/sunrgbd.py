@@ -4,18 +4,23 @@
 SENSOR/…/FRAME/image/*.jpg  SENSOR/…/FRAME/depth_bfx/*.png (else depth/)    SENSOR is kv1, kv2, realsense or xtion
 SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat                                alltrain, alltest: folders of frames
 
-A depth file holds millimetres in 16 bits, rotated left by three: metres are ((v >> 3) | (v << 13)) / 1000.
+SUNRGBD_val_splits.txt          lines IMAGE DEPTH, of depth/: the list of the Monocular Depth Estimation Toolbox, "val"
+
+A depth file holds millimetres in 16 bits, rotated left by three: metres are ((v >> 3) | (v << 13)) / 1000, and what is
+beyond 8 m counts as 8 m, as the set's own toolbox reads them. The published scores use NYU's Eigen crop.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from opendino.errors import DataError
+from opendino.evaluate.datasets.depth_lists import open_depth_list
 from opendino.evaluate.datasets.folders import FolderDepth, read_plane
 from opendino.evaluate.datasets.layout import Layout, Opened, read_mat, variable
 from opendino.images.sources import EXTENSIONS
@@ -26,7 +31,8 @@ SPLIT = tuple(
     for up in ("", "../")
     for folder in ("traintestSUNRGBD", "traintestsplit")
 )
-MAX_DEPTH = 10.0
+LIST = ("SUNRGBD_val_splits.txt", "../SUNRGBD_val_splits.txt")
+MAX_DEPTH = 8.0
 
 
 class RotatedDepth(FolderDepth):
@@ -35,11 +41,13 @@ class RotatedDepth(FolderDepth):
     def depth(self, index: int) -> Tensor:
         """Read depths, float32 (H, W) in metres, 0 where unknown."""
         raw = read_plane(self.depths[index]).int()
-        return (((raw >> 3) | (raw << 13)) & 0xFFFF).float() * self.scale
+        return ((((raw >> 3) | (raw << 13)) & 0xFFFF).float() * self.scale).clamp(max=self.max_depth)
 
 
 def open_sunrgbd(root: Path, split: str) -> Opened:
-    """Open train, test or all frames."""
+    """Open train, test or all frames, or val, which is a list of its own."""
+    if split == "val":
+        return _open_list(root)
     frames, skipped = _frames(root)
     notes = [f"{len(skipped)} frames lack an image or a depth file, such as {skipped[0]}."] if skipped else []
     if split == "all":
@@ -51,7 +59,17 @@ def open_sunrgbd(root: Path, split: str) -> Opened:
     if not kept:
         raise DataError(f"{root} has no frames with image/ and depth_bfx/ below {', '.join(SENSORS)}.")
     images, depths = [i for i, _ in kept.values()], [d for _, d in kept.values()]
-    return Opened(RotatedDepth(str(root), images, depths, scale=0.001, max_depth=MAX_DEPTH), tuple(notes))
+    data = RotatedDepth(str(root), images, depths, scale=0.001, max_depth=MAX_DEPTH, crop="eigen")
+    return Opened(data, tuple(notes))
+
+
+def _open_list(root: Path) -> Opened:
+    listed = _first(root, LIST)
+    assert listed is not None
+    places = [root.parent, root]  # its lines begin with SUNRGBD/
+    return open_depth_list(
+        root, listed, places, places, scale=0.001, min_depth=1e-3, max_depth=MAX_DEPTH, crop="eigen", made=RotatedDepth
+    )
 
 
 def _frames(root: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
@@ -73,10 +91,10 @@ def _frames(root: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
     return dict(sorted(found.items())), skipped
 
 
-def _only(folder: Path, suffixes: object) -> Path | None:
+def _only(folder: Path, suffixes: Collection[str]) -> Path | None:
     if not folder.is_dir():
         return None
-    return next((p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes), None)  # type: ignore[operator]
+    return next((p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes), None)
 
 
 def _chosen(root: Path, split: str, frames: dict[str, tuple[Path, Path]]) -> dict[str, tuple[Path, Path]]:
@@ -94,11 +112,16 @@ def _chosen(root: Path, split: str, frames: dict[str, tuple[Path, Path]]) -> dic
 
 
 def _split_file(root: Path) -> Path | None:
-    return next((p for name in SPLIT if (p := root / name).is_file()), None)
+    return _first(root, SPLIT)
+
+
+def _first(root: Path, names: Sequence[str]) -> Path | None:
+    return next((p for name in names if (p := root / name).is_file()), None)
 
 
 def _splits(root: Path) -> list[str]:
-    return ["train", "test", "all"] if _split_file(root) else ["all"]
+    listed = ["val"] if _first(root, LIST) else []
+    return (["train", "test", "all"] if _split_file(root) else ["all"]) + listed
 
 
 LAYOUTS = (
