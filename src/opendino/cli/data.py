@@ -52,9 +52,10 @@ def main(argv: list[str]) -> int:
     args = tyro.cli(Args, args=argv[1:], prog="opendino data check", description=EXAMPLE)
     from opendino.evaluate.datasets.check import check
 
+    console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+        transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     with bar:
         task = bar.add_task("read", total=None)

@@ -86,7 +86,7 @@ def _check_set(layout: Layout, root: Path, deep: bool, on_image: OnImage | None)
         try:
             found = open_split(layout, root, split)
         except OpendinoError as error:
-            whole.problems.append(str(error))
+            whole.problems += [str(error)] if str(error) not in whole.problems else []
             continue
         opened[split] = found.data
         part = _check_split(root, split, found.data, deep, on_image)

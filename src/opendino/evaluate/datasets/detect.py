@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opendino.errors import DataError
+from opendino.errors import DataError, OpendinoError
 from opendino.evaluate.datasets import (
     ade20k,
     amstertime,
@@ -88,6 +89,8 @@ def matches(path: str | Path, kind: Kind | None = None) -> list[tuple[Layout, Pa
     path = Path(path).expanduser()
     if not path.is_dir():
         raise DataError(f"{path} is no folder. Give the folder that a data set was unpacked into.")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise DataError(f"{path} cannot be listed: you have no permission. Ask its owner for it.")
     for layouts in (LAYOUTS, generic.LAYOUTS):
         found = [(x, root) for x in layouts if kind in (None, x.kind) and (root := x.root(path)) is not None]
         if found:
@@ -145,8 +148,17 @@ def open_split(layout: Layout, root: Path, split: str | None) -> Opened:
     """
     there = layout.splits(root)
     if split is None and there:
-        return layout.open(root, there[0])
-    return layout.open(root, resolve_split(split or "", there, f"{layout.name} in {root}"))
+        split = there[0]
+    name = resolve_split(split or "", there, f"{layout.name} in {root}")
+    try:
+        return layout.open(root, name)
+    except OpendinoError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise DataError(  # a list or table of another make than the published one
+            f"{root} looks like {layout.name}, but the files that describe its split {name} cannot be made sense of "
+            f"({type(error).__name__}: {error}). Take them anew from the set's own page."
+        ) from error
 
 
 def _open(path: str | Path, split: str | None, kind: Kind) -> Any:
@@ -174,9 +186,10 @@ def _found(layout: Layout, root: Path) -> Found:
         problems.append(f"{root} looks like {layout.name}, but no split of it is complete.")
     for split in there:
         try:
-            opened = layout.open(root, split)
-        except DataError as error:
-            problems.append(str(error))
+            opened = open_split(layout, root, split)
+        except OpendinoError as error:
+            if str(error) not in problems:  # what one file lacks, several splits may lack
+                problems.append(str(error))
             continue
         splits[split] = size(opened.data)
         classes = max(classes, num_classes(opened.data))

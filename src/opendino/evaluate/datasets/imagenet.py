@@ -175,8 +175,11 @@ def _real(root: Path) -> Opened:
     sets = read_json(found)
     if not isinstance(sets, list) or not all(isinstance(s, list) for s in sets):
         raise DataError(f"{found} is no list of lists of class indices, one for each val image.")
+    wrong = next((i for own in sets for i in own if not (isinstance(i, int) and 0 <= i < len(wnids()))), None)
+    if wrong is not None:
+        raise DataError(f"{found} has the class {wrong!r}; class indices are 0 to 999. Take it anew.")
     base = root / "val"
-    names = sorted((n for n in _val_names(base)), key=_number)
+    names = sorted(_val_names(base), key=_number)
     beyond = [n for n in names if not 1 <= _number(n) <= len(sets)]
     if beyond:
         raise DataError(f"{found} has {len(sets)} lists, none for {beyond[0]} and {len(beyond) - 1} more val images.")

@@ -83,7 +83,7 @@ def first(root: Path, pattern: str) -> Path | None:
         if not found.exists():
             return None
         return first(found, rest) if rest else found
-    if not root.is_dir():
+    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
         return None
     with os.scandir(root) as entries:
         for entry in entries:
@@ -98,7 +98,7 @@ def first(root: Path, pattern: str) -> Path | None:
 
 def subfolders(root: Path) -> list[str]:
     """Give the sorted names of the folders in a folder, hidden ones left out."""
-    if not root.is_dir():
+    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
         return []
     with os.scandir(root) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))

@@ -13,6 +13,7 @@ beyond 8 m counts as 8 m, as the set's own toolbox reads them. The published sco
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def _chosen(root: Path, split: str, frames: dict[str, tuple[Path, Path]]) -> dic
     file = _split_file(root)
     assert file is not None
     listed = np.atleast_1d(variable(read_mat(file), f"all{split}", file)).tolist()
-    names = [str(p).split("SUNRGBD/", 1)[-1].strip("/") for p in listed]  # /n/fs/sun3d/data/SUNRGBD/kv1/…
+    names = [posixpath.normpath(str(p).split("SUNRGBD/", 1)[-1]) for p in listed]  # /n/fs/sun3d/data/SUNRGBD/kv1/…
     missing = [n for n in names if n not in frames]
     if missing:
         raise DataError(

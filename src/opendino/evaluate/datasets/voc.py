@@ -34,9 +34,16 @@ def open_voc(root: Path, split: str) -> Opened:
 
 
 def _splits(root: Path) -> list[str]:
-    names = [s for s in ("train", "val", "trainval", *AUGMENTED)
+    names = [s for s in ("train", "val", "trainval", "test", *AUGMENTED)
              if (root / "ImageSets" / "Segmentation" / f"{s}.txt").is_file()]  # fmt: skip
-    return [s for s in names if s not in AUGMENTED or (root / "SegmentationClassAug").is_dir()]
+    there = [s for s in names if s not in AUGMENTED or (root / "SegmentationClassAug").is_dir()]
+    return [s for s in there if s != "test" or _has_test_masks(root)]
+
+
+def _has_test_masks(root: Path) -> bool:
+    """Only 2007's are public."""
+    names = read_lines(root / "ImageSets" / "Segmentation" / "test.txt")
+    return bool(names) and (root / "SegmentationClass" / f"{names[0]}.png").is_file()
 
 
 LAYOUTS = (
