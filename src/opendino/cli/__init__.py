@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "rewrite a weight file for the original, transformers or timm"),
     "embed": ("embed", "turn images into feature vectors on disk"),
     "eval": ("evaluate", "score frozen features as the paper does"),
+    "data": ("data", "say which data set lies at a path and whether it can be used"),
     "visualize": ("visualize", "draw what a model sees: pca, attention"),
     "pretrain": ("pretrain", "train a backbone on your images without labels"),
     "resume": ("resume", "continue an interrupted pre-training run"),

@@ -8,7 +8,7 @@ ROOT/images/SPLIT/NAME.jpg   ROOT/depth/SPLIT/NAME.png   ROOT/depth.json     16 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from opendino.evaluate.datasets.types import IGNORE, DepthCrop, DepthSet, Segmen
 from opendino.images.arrays import read_image
 from opendino.images.sources import EXTENSIONS
 
+UNKNOWN = 254
+"""In a lookup: a value that the set does not publish, which is an error."""
+
 
 class FolderMasks(SegmentationSet):
     """Pairs of image and mask files.
@@ -31,7 +34,7 @@ class FolderMasks(SegmentationSet):
         images: paths.
         masks: paths, one per image.
         classes: names, in the order of the ids.
-        lookup: uint8 (65536,): raw mask value → class index or IGNORE; None takes values as they are.
+        lookup: uint8 (65536,): raw mask value → class index, IGNORE, or UNKNOWN; None takes values as they are.
     """
 
     def __init__(
@@ -54,12 +57,13 @@ class FolderMasks(SegmentationSet):
     def mask(self, index: int) -> Tensor:
         """Read a mask, uint8 (H, W)."""
         raw = read_plane(self.masks[index])
-        values = raw if self.lookup is None else self.lookup[raw.long()]
-        unknown = values[(values >= len(self.classes)) & (values != IGNORE)].unique().tolist()
+        values = raw if self.lookup is None else self.lookup[raw.long().clamp(0, 65535)]
+        unknown = raw[((values < 0) | (values >= len(self.classes))) & (values != IGNORE)].unique().tolist()
         if unknown:
+            needed = f"class indices 0 to {len(self.classes) - 1}, and {IGNORE} where a pixel does not count"
             raise DataError(
                 f"{self.masks[index]} holds the values {unknown[:10]}, but there are {len(self.classes)} classes. A "
-                f"mask holds class indices 0 to {len(self.classes) - 1}, and {IGNORE} where a pixel does not count."
+                f"mask holds {needed if self.lookup is None else 'the ids that the set publishes'}."
             )
         return values.to(torch.uint8)
 
@@ -129,6 +133,13 @@ def open_folder_depth(root: str | Path, split: str) -> FolderDepth:
         str(root), images, depths, scale=float(given.get("scale", 0.001)), min_depth=float(given.get("min", 1e-3)),
         max_depth=float(given.get("max", 10.0)), crop=given.get("crop", "none"),
     )  # fmt: skip
+
+
+def make_lookup(known: Mapping[int, int]) -> Tensor:
+    """Make a FolderMasks lookup from raw value → class index or IGNORE; every other value is UNKNOWN."""
+    lookup = torch.full((65536,), UNKNOWN, dtype=torch.uint8)
+    lookup[torch.tensor(list(known))] = torch.tensor(list(known.values()), dtype=torch.uint8)
+    return lookup
 
 
 def pairs(images: Path, others: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
