@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
         field = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(field).resize((64, 48), Image.Resampling.BICUBIC).save(root / name)
     save_other_sources(root)
+    save_tables(root)
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -62,6 +63,16 @@ def save_other_sources(root):
     rng = np.random.default_rng(0)
     for i in range(2):
         np.save(root / "fields" / f"{i}.npy", rng.integers(0, 65536, (32, 32, 5), dtype=np.uint16))
+
+
+def save_tables(root):
+    """Tables of images with groups, for the page about fairness."""
+    rows = [f"val/{c}/{i}.jpg,{c},{'ab'[i]},{'north' if i else 'south'},{i}" for c in "ab" for i in range(2)]
+    for name, header in (
+        ("homes", "image,label,guess,region,income"),
+        ("predicted", "image,label,prediction,region,x"),
+    ):
+        (root / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
 
 
 @pytest.mark.parametrize("words", commands())

@@ -130,13 +130,28 @@ def check_classes(sources: dict[str, ImageSource]) -> list[str]:
     return list(known)
 
 
-def _features(
-    args: BackboneArgs, embedder: Embedder, source: ImageSource, classes: list[str], bar: Any, name: str
-) -> Labelled:
+@dataclass(frozen=True)
+class Readable:
+    """Features of the readable images of any source; as in `Labelled`, with their places instead of labels.
+
+    Attributes:
+        index: (n,) int64, place of each image in the source.
+    """
+
+    cls: npt.NDArray[np.float32]
+    mean: npt.NDArray[np.float32]
+    index: npt.NDArray[np.int64]
+    unreadable: list[tuple[str, str]]
+
+
+def image_features(args: BackboneArgs, embedder: Embedder, source: ImageSource, bar: Any, name: str) -> Readable:
+    """Embed a source, with or without labels, on the progress line `name` of `bar`.
+
+    Raises:
+        DataError: when no image can be read.
+    """
     from opendino.embed.cache import pooled_features
 
-    number = {c: i for i, c in enumerate(classes)}
-    to_given = np.array([number[c] for c in source.classes], dtype=np.int64)
     task, start = bar.add_task(name, total=len(source), rate="", errors=0), perf_counter()
     begun = -1
 
@@ -149,8 +164,17 @@ def _features(
     bad = [(source.name(i), why) for i, why in enumerate(errors) if why]
     for path, why in bad:
         bar.console.print(f"left out {path}: {why}", highlight=False, markup=False)
-    good = np.array([why is None for why in errors], dtype=bool)
-    if not good.any():
+    good = np.flatnonzero([why is None for why in errors]).astype(np.int64)
+    if not len(good):
         raise DataError(f"No image of {source.root} could be read.")
-    paths = [source.name(int(i)) for i in np.flatnonzero(good)]
-    return Labelled(cls[good], mean[good], to_given[source.label_ids()][good], paths, bad)
+    return Readable(cls[good], mean[good], good, bad)
+
+
+def _features(
+    args: BackboneArgs, embedder: Embedder, source: ImageSource, classes: list[str], bar: Any, name: str
+) -> Labelled:
+    number = {c: i for i, c in enumerate(classes)}
+    to_given = np.array([number[c] for c in source.classes], dtype=np.int64)
+    found = image_features(args, embedder, source, bar, name)
+    paths = [source.name(int(i)) for i in found.index]
+    return Labelled(found.cls, found.mean, to_given[source.label_ids()][found.index], paths, found.unreadable)
