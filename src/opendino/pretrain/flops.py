@@ -45,20 +45,24 @@ def head_flops(config: PretrainConfig, width: int, bottleneck: int) -> float:
     return 2 * sum(a * b for a, b in itertools.pairwise(dims))
 
 
-def model_flops_per_image(config: PretrainConfig) -> float:
-    """Count the FLOPs of one optimiser step per image: matrix products of teacher and student.
+def flops_by_part(config: PretrainConfig) -> dict[str, float]:
+    """Count the FLOPs of one optimiser step per image: matrix products of teacher and student, by part.
 
     With b the blocks' forward over one crop, e the patch embedding, h_d and h_i one token through the DINO and the iBOT
     head, m = 2 · share · mean(ratio) · P masked patches an image, and k = 1 − drop_path_rate:
 
-        teacher = 2·(e_global + b_global) + 2·h_d + m·h_i                                    (global crops, forward)
-        student = 3·k·(2·b_global + L·b_local) + 2·(2·e_global + L·e_local) + 3·((2 + L)·h_d + m·h_i)
+        teacher backbone = 2·(e_global + b_global)              teacher heads = 2·h_d + m·h_i              (forward)
+        student, global crops = 3·k·2·b_global + 2·2·e_global   student, local crops = 3·k·L·b_local + 2·L·e_local
+        student heads = 3·((2 + L)·h_d + m·h_i)
 
     Backward costs twice the forward, except at the patch embedding, which needs no gradient of the pixels. The model's
     FLOPs are counted, not the hardware's: recomputation (activation checkpointing, chunked losses) is not added, nor
     are normalisations, softmax, Sinkhorn, KoLeo, augmentation and the optimiser.
     Every block counts over every token; what an implementation leaves out because nothing reads it (most tokens of the
     last block) is not subtracted.
+
+    Returns:
+        The parts, and their sum as "total".
     """
     backbone = get_config(config.model.arch, **backbone_config(config))
     crops, heads = config.crops, config.heads
@@ -67,15 +71,32 @@ def model_flops_per_image(config: PretrainConfig) -> float:
     def blocks(side: int) -> float:
         return backbone.depth * block_flops(backbone, 1 + backbone.num_register_tokens + side * side)
 
-    both = 2 * embed_flops(backbone, large**2)
-    local_embed = crops.num_local * embed_flops(backbone, small**2)
-    masked = 2 * config.masks.share * sum(config.masks.ratio) / 2 * large**2 if config.loss.ibot_weight else 0.0
+    both, local = 2 * blocks(large), crops.num_local * blocks(small)
+    embed, embed_local = 2 * embed_flops(backbone, large**2), crops.num_local * embed_flops(backbone, small**2)
+    masked = masked_patches(config)
     dino_head = head_flops(config, backbone.embed_dim, heads.dino_bottleneck_dim or heads.bottleneck_dim)
     ibot_head = head_flops(config, backbone.embed_dim, heads.bottleneck_dim) if heads.separate else dino_head
-    teacher = both + 2 * blocks(large) + 2 * dino_head + masked * ibot_head
     kept = 1 - backbone.drop_path_rate
-    student = 3 * kept * (2 * blocks(large) + crops.num_local * blocks(small)) + 2 * (both + local_embed)
-    return teacher + student + 3 * ((2 + crops.num_local) * dino_head + masked * ibot_head)
+    parts = {
+        "teacher backbone": embed + both,
+        "teacher heads": 2 * dino_head + masked * ibot_head,
+        "student, global crops": 3 * kept * both + 2 * embed,
+        "student, local crops": 3 * kept * local + 2 * embed_local,
+        "student heads": 3 * ((2 + crops.num_local) * dino_head + masked * ibot_head),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def masked_patches(config: PretrainConfig) -> float:
+    """Give the mean number of masked patches an image, both global crops together."""
+    masks, patch = config.masks, get_config(config.model.arch, **backbone_config(config)).patch_size
+    side = config.crops.global_size // patch
+    return 2 * masks.share * sum(masks.ratio) / 2 * side**2 if config.loss.ibot_weight else 0.0
+
+
+def model_flops_per_image(config: PretrainConfig) -> float:
+    """Give the FLOPs of one optimiser step per image, all parts of `flops_by_part` together."""
+    return flops_by_part(config)["total"]
 
 
 @functools.lru_cache(maxsize=8)
