@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's and the docs' commands and Python, run as they stand on small images and a small model."""
 
+import json
 import re
 import shlex
 import tarfile
@@ -28,8 +29,8 @@ def commands():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/, a
-    run, a published file, two pictures."""
+    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/,
+    places/, a run, a published file, two pictures."""
     root = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
@@ -39,6 +40,7 @@ def folder(tmp_path_factory):
         field = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(field).resize((64, 48), Image.Resampling.BICUBIC).save(root / name)
     save_other_sources(root)
+    save_places(root)
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -62,6 +64,13 @@ def save_other_sources(root):
     rng = np.random.default_rng(0)
     for i in range(2):
         np.save(root / "fields" / f"{i}.npy", rng.integers(0, 65536, (32, 32, 5), dtype=np.uint16))
+
+
+def save_places(root):
+    photos = [str(p) for p in sorted((root / "photos").iterdir())]
+    queries = [{"query": photos[0], "box": [2, 2, 60, 40], "easy": photos[1:2], "hard": photos[2:3]}]
+    (root / "places").mkdir()
+    (root / "places" / "retrieval.json").write_text(json.dumps({"gallery": photos, "queries": queries}))
 
 
 @pytest.mark.parametrize("words", commands())
