@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's and the docs' commands and Python, run as they stand on small images and a small model."""
 
+import json
 import re
 import shlex
 import tarfile
@@ -28,8 +29,8 @@ def commands():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/, a
-    run, a published file, two pictures."""
+    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/,
+    places/, a run, a published file, two pictures."""
     root = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
@@ -40,6 +41,7 @@ def folder(tmp_path_factory):
         Image.fromarray(field).resize((64, 48), Image.Resampling.BICUBIC).save(root / name)
     save_other_sources(root)
     save_tables(root)
+    save_places(root)
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -73,6 +75,13 @@ def save_tables(root):
         ("predicted", "image,label,prediction,region,x"),
     ):
         (root / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
+
+
+def save_places(root):
+    photos = [str(p) for p in sorted((root / "photos").iterdir())]
+    queries = [{"query": photos[0], "box": [2, 2, 60, 40], "easy": photos[1:2], "hard": photos[2:3]}]
+    (root / "places").mkdir()
+    (root / "places" / "retrieval.json").write_text(json.dumps({"gallery": photos, "queries": queries}))
 
 
 @pytest.mark.parametrize("words", commands())

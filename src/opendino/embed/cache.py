@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from opendino.embed.embedder import Embedder
+from opendino.embed.embedder import Embedder, Features
 from opendino.embed.resume import describe
 from opendino.errors import DataError, OpendinoError
 from opendino.images.ahead import map_ahead
@@ -128,9 +128,44 @@ def pooled_features(
         image None or why it cannot be read. Rows of unreadable images are NaN.
     """
     dim, layers = embedder.model.config.embed_dim, embedder.layers
-    width, report = (layers + 1) * dim, on_images or (lambda done, errors, total: None)
-    items = list(source.images())
-    store = None if root is None else FeatureStore(root, describe(embedder, "", "") | {"kind": "pooled"}, width)
+    rows, errors = pooled_rows(embedder, list(source.images()), root, on_images)
+    return rows[:, : layers * dim].reshape(len(rows), layers, dim), rows[:, layers * dim :], errors
+
+
+def pooled_rows(
+    embedder: Embedder, items: Sequence[SourceImage], root: str | Path | None, on_images: OnImages | None = None
+) -> tuple[npt.NDArray[np.float32], list[str | None]]:
+    """Give what `pooled_features` gives, as rows (n, (L + 1)·D): the cls tokens, then the mean of the patches."""
+    dim = embedder.model.config.embed_dim
+
+    def to_rows(batch: Features) -> npt.NDArray[np.float32]:
+        assert batch.cls is not None
+        assert batch.mean is not None
+        return np.concatenate([batch.cls, batch.mean[:, -dim:]], axis=1)
+
+    return stored_rows(embedder, items, root, "pooled", (embedder.layers + 1) * dim, to_rows, on_images)
+
+
+def stored_rows(
+    embedder: Embedder, items: Sequence[SourceImage], root: str | Path | None, kind: str, width: int,
+    to_rows: Callable[[Features], npt.NDArray[np.float32]], on_images: OnImages | None = None,
+) -> tuple[npt.NDArray[np.float32], list[str | None]]:  # fmt: skip
+    """Make one row an image, taking from the store what is there; started again after a kill, it goes on.
+
+    Args:
+        embedder: what computes.
+        items: the images.
+        root: folder of the stores; None computes everything and keeps nothing.
+        kind: says how `to_rows` makes a row; rows of different kinds are in different stores.
+        width: numbers in a row.
+        to_rows: makes (n, width) rows of a batch of n images.
+        on_images: told about progress.
+
+    Returns:
+        (n, width) rows, NaN for unreadable images, and per image None or why it cannot be read.
+    """
+    report = on_images or (lambda done, errors, total: None)
+    store = None if root is None else FeatureStore(root, describe(embedder, "", "") | {"kind": kind}, width)
     found = hash_images(items, embedder.workers) if store is not None else [(None, None)] * len(items)
     todo = [i for i, (sha, why) in enumerate(found) if why is None and (store is None or str(sha) not in store)]
     failed: dict[int, str] = {i: why for i, (_, why) in enumerate(found) if why is not None}
@@ -140,10 +175,7 @@ def pooled_features(
     try:
         place = 0
         for batch in embedder.stream([items[i] for i in todo]):
-            assert batch.cls is not None
-            assert batch.mean is not None
-            block = np.concatenate([batch.cls, batch.mean[:, -dim:]], axis=1)
-            for row, why in zip(block, batch.errors, strict=True):
+            for row, why in zip(to_rows(batch), batch.errors, strict=True):
                 index, place = todo[place], place + 1
                 if why is not None:
                     failed[index] = why
@@ -156,19 +188,18 @@ def pooled_features(
     finally:
         if store is not None:
             store.flush()
-    errors = [failed.get(i) for i in range(len(items))]
     rows = np.full((len(items), width), np.nan, np.float32)
     good = [i for i in range(len(items)) if i not in failed]
     if good:
         rows[good] = (
             np.stack([fresh[i] for i in good]) if store is None else store.rows([str(found[i][0]) for i in good])
         )
-    return rows[:, : layers * dim].reshape(len(items), layers, dim), rows[:, layers * dim :], errors
+    return rows, [failed.get(i) for i in range(len(items))]
 
 
 def _hash(item: SourceImage) -> tuple[str | None, str | None]:
     try:
-        return hashlib.sha256(item.data()).hexdigest(), None
+        return item.key(), None
     except (OpendinoError, OSError) as error:
         return None, str(error) or type(error).__name__
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from opendino.errors import ConfigError, DataError, MissingExtraError
 from opendino.images.ahead import map_ahead
 from opendino.images.arrays import read_image
-from opendino.images.preprocess import Preprocess
+from opendino.images.preprocess import Preprocess, crop_box
 from opendino.images.sources import ImageSource, SourceImage, open_source
 from opendino.models.vit import VisionTransformer
 
@@ -174,8 +174,10 @@ class Embedder:
         try:
             data = item.data() if isinstance(item, SourceImage) else Path(path).read_bytes()
             sha256 = hashlib.sha256(data).hexdigest()
-            pixels = self.preprocess.of_file(read_image(data, channels=self.model.config.in_chans, name=path))
-            return _Read(path, self._checked(pixels), sha256)
+            pixels = read_image(data, channels=self.model.config.in_chans, name=path)
+            if isinstance(item, SourceImage) and item.box is not None:
+                pixels = crop_box(pixels, item.box, path)
+            return _Read(path, self._checked(self.preprocess.of_file(pixels)), sha256)
         except MissingExtraError:
             raise
         except (DataError, OSError) as error:

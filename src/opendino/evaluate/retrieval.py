@@ -7,6 +7,7 @@ Shapes: Q queries, G gallery items, n items, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hard": (("hard",), ("junk", "easy")),
 }
 """For each level: what counts as found, and what is passed over as if it were not in the gallery."""
+PRECISION_AT = (1, 5, 10)
 
 
 def average_precision(ranks: npt.ArrayLike, num_positives: int) -> float:
@@ -39,17 +41,42 @@ def average_precision(ranks: npt.ArrayLike, num_positives: int) -> float:
 
 
 def mean_average_precision(similarity: Any, queries: Sequence[Mapping[str, Iterable[int]]]) -> dict[str, float]:
-    """Give the revisited mAP of the three levels.
+    """Give the revisited mAP of the three levels, {"easy", "medium", "hard"}, percent; see `score_queries`.
 
-    Items that are in none of a query's lists are negatives. A query without positives at a level does not count there;
-    a level without any such query is NaN. Equal similarities keep the gallery's order.
+    A level without any query that has positives is NaN.
+    """
+    return summary(score_queries(similarity, queries))["map"]
+
+
+@dataclass(frozen=True)
+class QueryScores:
+    """Scores of each query at one level.
+
+    Attributes:
+        ap: (Q,) average precision, 0–1; NaN for a query without positives.
+        precision: k → (Q,) precision among the first k, 0–1; NaN likewise.
+    """
+
+    ap: npt.NDArray[np.float64]
+    precision: dict[int, npt.NDArray[np.float64]]
+
+
+def score_queries(
+    similarity: Any, queries: Sequence[Mapping[str, Iterable[int]]], at: Sequence[int] = PRECISION_AT
+) -> dict[str, QueryScores]:
+    """Score a ranking by the revisited protocol, query by query.
+
+    Items that are in none of a query's lists are negatives. A query without positives at a level does not count there.
+    Equal similarities keep the gallery's order.
 
     Args:
         similarity: (Q, G), larger is closer.
         queries: for each query the gallery indices "easy", "hard" and "junk"; a missing list is empty.
+        at: ks of the precision at k. When the last positive stands before rank k, its rank takes the place of k, so
+            that a query with few positives can reach 1 (as the published evaluation has it).
 
     Returns:
-        {"easy", "medium", "hard"}, percent.
+        level → scores.
 
     Raises:
         DataError: for a wrong shape, an index outside the gallery, or one that is in two lists.
@@ -57,17 +84,63 @@ def mean_average_precision(similarity: Any, queries: Sequence[Mapping[str, Itera
     sims = _as_array(similarity)
     if sims.ndim != 2 or len(sims) != len(queries):
         raise DataError(f"{len(queries)} queries need similarities of shape (queries, gallery); got {sims.shape}.")
-    scores: dict[str, list[float]] = {level: [] for level in LEVELS}
+    nothing = np.full(len(sims), np.nan)
+    scores = {level: QueryScores(nothing.copy(), {k: nothing.copy() for k in at}) for level in LEVELS}
     for number, (row, query) in enumerate(zip(sims, queries, strict=True)):
         lists = _checked_lists(query, len(row), number)
+        if not len(lists["easy"]) + len(lists["hard"]):
+            continue
         order = np.argsort(-row, kind="stable")
-        for level, (wanted, passed_over) in LEVELS.items():
-            positives = np.concatenate([lists[name] for name in wanted])
-            if len(positives):
-                junk = np.concatenate([lists[name] for name in passed_over])
-                kept = order[~np.isin(order, junk)]
-                scores[level].append(average_precision(np.flatnonzero(np.isin(kept, positives)), len(positives)))
-    return {level: 100 * float(np.mean(s)) if s else float("nan") for level, s in scores.items()}
+        for level in LEVELS:
+            ranks = ranks_of_positives(order, lists, level)
+            if len(ranks):
+                scores[level].ap[number] = average_precision(ranks, len(ranks))
+                for k in at:
+                    scores[level].precision[k][number] = precision_at(ranks, k)
+    return scores
+
+
+def ranks_of_positives(
+    order: npt.NDArray[np.int64], lists: Mapping[str, npt.NDArray[np.int64]], level: str
+) -> npt.NDArray[np.int64]:
+    """Give the rising ranks, from 0, of a query's positives in a ranking (G,) from which the level's junk is taken."""
+    wanted, passed_over = LEVELS[level]
+    kind = np.zeros(len(order), np.int8)  # by gallery index: 1 positive, 2 passed over
+    for names, value in ((wanted, 1), (passed_over, 2)):
+        for name in names:
+            kind[lists[name]] = value
+    ranked = kind[order]
+    return np.flatnonzero(ranked[ranked != 2] == 1)
+
+
+def precision_at(ranks: npt.ArrayLike, k: int) -> float:
+    """Give the share of positives among the first k, or among all up to the last positive when it stands before k.
+
+    Args:
+        ranks: ranks of all positives, from 0; at least one.
+        k: at least 1.
+    """
+    places = np.asarray(ranks, dtype=np.int64) + 1
+    cut = min(int(places.max()), k)
+    return int((places <= cut).sum()) / cut
+
+
+def summary(scores: Mapping[str, QueryScores]) -> dict[str, dict[str, Any]]:
+    """Give the means over the queries that count, percent; NaN for a level without any.
+
+    Returns:
+        {"map": {level: …}, "precision": {level: {"1": …}}, "queries": {level: number that count}}.
+    """
+
+    def mean(values: npt.NDArray[np.float64]) -> float:
+        kept = values[~np.isnan(values)]
+        return 100 * float(kept.mean()) if len(kept) else float("nan")
+
+    return {
+        "map": {level: mean(s.ap) for level, s in scores.items()},
+        "precision": {level: {str(k): mean(v) for k, v in s.precision.items()} for level, s in scores.items()},
+        "queries": {level: int((~np.isnan(s.ap)).sum()) for level, s in scores.items()},
+    }
 
 
 def same_source_recall(features: Any, groups: Sequence[object] | npt.ArrayLike, k: int = 1, chunk: int = 1024) -> float:

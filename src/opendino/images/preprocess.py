@@ -100,6 +100,20 @@ class Preprocess:
         return canvas
 
 
+def crop_box(pixels: Tensor, box: tuple[float, float, float, float], name: str) -> Tensor:
+    """Give the part (left, upper, right, lower) of an image (C, H, W); sides are rounded, as Pillow's crop does.
+
+    Raises:
+        DataError: for a box of which nothing lies within the image; what lies outside is left out.
+    """
+    height, width = pixels.shape[-2:]
+    left, upper, right, lower = (round(v) for v in box)
+    part = pixels[:, max(upper, 0) : max(lower, 0), max(left, 0) : max(right, 0)]
+    if 0 in part.shape:
+        raise DataError(f"{name} is {width} x {height} pixels, and nothing of it lies in the box {box}.")
+    return part
+
+
 def to_tensor(image: Any, channels: int = 3) -> Tensor:
     """Check an image in memory and give it as uint8 (C, H, W).
 

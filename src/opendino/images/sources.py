@@ -7,6 +7,7 @@ A source is indexed once when it is opened; then image i can be read at any time
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import logging
 from abc import ABC, abstractmethod
@@ -111,16 +112,25 @@ class SourceImage:
         source: it belongs to.
         index: in the source.
         path: what it is called.
+        box: the part that is meant (left, upper, right, lower), pixels; None is all of it.
     """
 
     source: ImageSource
     index: int
     path: str
+    box: tuple[float, float, float, float] | None = None
 
     def data(self) -> bytes:
         """Read the bytes of its file."""
         found = self.source.read(self.index)
         return Path(found).read_bytes() if isinstance(found, str) else found
+
+    def key(self) -> str:
+        """Give the sha256 of its content: the file's bytes, and the box if there is one."""
+        digest = hashlib.sha256(self.data())
+        if self.box is not None:
+            digest.update(repr(tuple(map(float, self.box))).encode())
+        return digest.hexdigest()
 
 
 class _Items(Sequence[ImageItem]):

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`opendino eval retrieval`: what nearest neighbours find, by the revisited protocol or global average precision."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import tyro
+
+from opendino.cli.embed import images_progress, make_embedder, show
+from opendino.cli.evaluate.common import BackboneArgs, cache_folder
+from opendino.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from opendino.evaluate.datasets.types import RetrievalSet
+    from opendino.models.vit import VisionTransformer
+
+EXAMPLE = """Score frozen features by what the nearest neighbours of queries are (cosine similarity, no training).
+
+Example:
+  opendino eval retrieval --model vits14 --data places/retrieval.json --pooling cls --page found.html --json
+
+--data is a .json file with a gallery, queries and what each is to find (docs/evaluation-retrieval.md), or a folder
+with retrieval.json. Sets with lists are scored by the revisited Oxford and Paris protocol (mAP and precision at k;
+easy, medium, hard); sets with instances also by the Met's global average precision."""
+FAR = -2.0
+"""Below every cosine: images that cannot be read, and a query among the images it searches."""
+Level = Literal["easy", "medium", "hard"]
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalArgs(BackboneArgs):
+    """Arguments of `opendino eval retrieval`."""
+
+    data: Path
+    """.json file, or a folder that holds retrieval.json."""
+    pooling: Literal["cls", "mean", "gem"] = "cls"
+    """Vector of an image: cls token, mean of the patch tokens, or their generalised mean (power 3; negative values
+    count as 1e-6)."""
+    scales: str = "1"
+    """Sizes whose unit vectors are averaged, such as 1,0.707,0.5."""
+    levels: tuple[Level, ...] = ("easy", "medium", "hard")
+    """Levels to report."""
+    k: int = 1
+    """Neighbours that decide about the instance (sets with instances)."""
+    temperature: float = 1.0
+    """Multiplies similarities in the confidence when --k is above 1."""
+    page: Path | None = None
+    """Write an HTML page of queries beside their ranked pictures."""
+    page_queries: int = 24
+    """Queries on the page: those with the worst and the best average precision, half each."""
+    page_ranked: int = 10
+    """Ranked pictures beside each."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the retrieval scores of a model."""
+    args = tyro.cli(RetrievalArgs, args=argv, prog="opendino eval retrieval", description=EXAMPLE)
+    result = run_retrieval(args)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print_table(result)
+    return 0
+
+
+def run_retrieval(args: RetrievalArgs) -> dict[str, Any]:
+    """Describe queries and gallery and score the ranking.
+
+    Returns:
+        map {level: percent or None}, precision {level: {k: …}}, num_queries {level: those with something to find},
+        without_positives {level: those that do not count}, gap, gap_no_distractors and accuracy for sets with
+        instances, and the counts of images.
+    """
+    from opendino.evaluate.datasets.retrieval_json import open_retrieval
+    from opendino.evaluate.retrieval import score_queries, summary
+
+    scales, data = parse_scales(args.scales), open_retrieval(args.data)
+    query_x, gallery_x, unreadable = _described(args, data, scales)
+    kept = np.flatnonzero(np.isfinite(query_x[:, 0]))
+    if not len(kept):
+        raise DataError(f"None of the {len(data.queries)} queries of {data.root} could be read.")
+    similarity = cosine(query_x[kept], gallery_x)
+    result: dict[str, Any] = {}
+    if data.relevant:
+        scores = score_queries(similarity, [data.relevant[int(i)] for i in kept])
+        means = summary({level: scores[level] for level in args.levels})
+        counts = means.pop("queries")
+        result |= _without_nan(means) | {
+            "num_queries": counts,
+            "without_positives": {level: len(kept) - n for level, n in counts.items()},
+        }
+        if args.page is not None:
+            from opendino.cli.evaluate.retrieval_page import write_retrieval_page
+
+            write_retrieval_page(args, data, kept, similarity, scores)
+    elif args.page is not None:
+        raise ConfigError(f"--page needs lists of what is to be found, which {data.root} does not have.")
+    if data.gap:
+        result |= _gap(args, data, kept, similarity)
+    return result | {
+        "pooling": args.pooling, "scales": list(scales), "queries": len(kept), "gallery": len(data.gallery),
+        "errors": len(unreadable), "errors_queries": len(data.queries) - len(kept),
+    }  # fmt: skip
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """Read "1,0.707,0.5".
+
+    Raises:
+        ConfigError: for anything but positive numbers.
+    """
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        scales = ()
+    if not scales or not all(0 < s < math.inf for s in scales):
+        raise ConfigError(f"--scales is {text!r}; give positive numbers with commas, such as 1,0.707,0.5.")
+    return scales
+
+
+def cosine(queries: Array, gallery: Array) -> Array:
+    """Give (Q, G) similarities of unit vectors; gallery images that could not be read (NaN) are farther than all."""
+    bad = ~np.isfinite(gallery[:, 0])
+    similarity: Array = queries @ np.where(bad[:, None], 0, gallery).T
+    similarity[:, bad] = FAR
+    return similarity
+
+
+def _described(
+    args: RetrievalArgs, data: RetrievalSet, scales: tuple[float, ...]
+) -> tuple[Array, Array, dict[str, str]]:
+    """Give unit vectors of queries (Q, D) and gallery (G, D), and why some images have none."""
+    from opendino.embed.descriptors import EmbedderSettings, descriptors
+    from opendino.images.preprocess import parse_size
+    from opendino.images.sources import FileSource, SourceImage
+
+    names = [*data.queries, *data.gallery]
+    source = FileSource(data.root, "", names, [None] * len(names))
+    boxes = [*data.boxes, *[None] * len(data.gallery)]
+    items = [SourceImage(source, i, name, box) for i, (name, box) in enumerate(zip(names, boxes, strict=True))]
+    settings = EmbedderSettings(args.precision, args.batch, args.fit, args.workers)  # type: ignore[arg-type]
+    with images_progress() as bar:
+        task, start, begun = bar.add_task("images", total=len(items), rate="", errors=0), perf_counter(), -1
+
+        def on_images(done: int, errors: int, total: int) -> None:
+            nonlocal begun
+            begun = done if begun < 0 else begun
+            show(bar, task, done, errors, total, (done - begun) / (perf_counter() - start))
+
+        rows, errors = descriptors(
+            _model(args), items, cache_folder(args), pooling=args.pooling, size=parse_size(args.size), scales=scales,
+            settings=settings, on_images=on_images,
+        )  # fmt: skip
+        unreadable = {item.path: why for item, why in zip(items, errors, strict=True) if why}
+        for path, why in unreadable.items():
+            bar.console.print(f"cannot be read, {path}: {why}", highlight=False, markup=False)
+    if args.max_errors is not None and len(unreadable) > args.max_errors:
+        raise DataError(f"{len(unreadable)} images cannot be read, more than --max-errors {args.max_errors}.")
+    return rows[: len(data.queries)], rows[len(data.queries) :], unreadable
+
+
+def _model(args: RetrievalArgs) -> VisionTransformer:
+    model: VisionTransformer = make_embedder(args.model, args.weights, device=args.device).model
+    return model
+
+
+def _gap(args: RetrievalArgs, data: RetrievalSet, kept: npt.NDArray[np.int64], similarity: Array) -> dict[str, Any]:
+    from opendino.evaluate.gap import global_average_precision, recognise
+
+    place = {name: i for i, name in enumerate(data.gallery)}
+    sims = similarity.copy()
+    for row, i in enumerate(kept):
+        if data.queries[i] in place:
+            sims[row, place[data.queries[i]]] = FAR
+    predicted, confidence = recognise(sims, data.gallery_ids, args.k, args.temperature)
+    truth = [data.query_ids[i] for i in kept]
+    scores: dict[str, Any] = dict(global_average_precision(predicted, confidence, truth))
+    return scores | {"distractors": sum(t is None for t in truth)}
+
+
+def _without_nan(value: Any) -> Any:
+    """Put None where JSON has no word for NaN."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print the scores for people."""
+    print(
+        f"{result['queries']} queries, {result['gallery']} gallery images"
+        + (f", {result['errors']} unreadable images" if result["errors"] else "")
+    )
+
+    def text(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f}"
+
+    if "map" in result:
+        ks = list(next(iter(result["precision"].values())))
+        print(
+            f"{'':>10}{'mAP %':>9}" + "".join(f"{f'mP@{k} %':>10}" for k in ks) + f"{'queries':>10}{'not counted':>13}"
+        )
+        for level, value in result["map"].items():
+            row = "".join(f"{text(result['precision'][level][k]):>10}" for k in ks)
+            counts = f"{result['num_queries'][level]:>10}{result['without_positives'][level]:>13}"
+            print(f"{level:>10}{text(value):>9}{row}{counts}")
+    if "gap" in result:
+        print(
+            f"GAP {text(result['gap'])} %, without the {result['distractors']} distractors "
+            f"{text(result['gap_no_distractors'])} %, accuracy {text(result['accuracy'])} %"
+        )
