@@ -14,7 +14,7 @@ import numpy.typing as npt
 import tyro
 
 from opendino.cli.embed import images_progress, make_embedder, show
-from opendino.errors import DataError
+from opendino.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from opendino.embed.embedder import Embedder
@@ -48,6 +48,22 @@ class BackboneArgs:
     """Fail when more images than this cannot be read; default: never."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the figures as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledArgs(BackboneArgs):
+    """Where labelled images for training and validation lie: one data set with splits, or two places."""
+
+    data: Path | None = None
+    """Data set with splits, as `opendino data check` finds it; instead of --train and --val."""
+    train_split: str = "train"
+    """Split of --data that is learned from."""
+    val_split: str = "val"
+    """Split of --data that is scored."""
+    train: Path | None = None
+    """Labelled images to learn from: class folders, .csv with path,label, tar shards or Parquet."""
+    val: Path | None = None
+    """Labelled images that are scored."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,27 @@ def pooled_embedder(args: BackboneArgs) -> Embedder:
 def cache_folder(args: BackboneArgs) -> Path | None:
     """Give the folder of the feature store, or None for 'none'."""
     return None if args.cache == "none" else Path(args.cache).expanduser()
+
+
+def open_labelled(args: LabelledArgs) -> dict[str, ImageSource]:
+    """Open the images to learn from and those to score, as "train" and "val".
+
+    Raises:
+        ConfigError: when neither --data nor both of --train and --val are given.
+        DataError: when they cannot be opened.
+    """
+    from opendino.evaluate.datasets.detect import open_classification
+    from opendino.images.sources import open_source
+
+    if args.data is not None and args.train is None and args.val is None:
+        splits = {"train": args.train_split, "val": args.val_split}
+        return {name: open_classification(args.data, split) for name, split in splits.items()}
+    if args.data is not None or args.train is None or args.val is None:
+        raise ConfigError(
+            "Labelled images are missing: give --train and --val, one folder of images per class each, or --data with "
+            "a set that has splits."
+        )
+    return {"train": open_source(args.train), "val": open_source(args.val)}
 
 
 def labelled_features(

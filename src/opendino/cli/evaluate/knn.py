@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
 
-from opendino.cli.evaluate.common import BackboneArgs, check_classes, labelled_features, pooled_embedder
+from opendino.cli.evaluate.common import LabelledArgs, check_classes, labelled_features, open_labelled, pooled_embedder
 
 EXAMPLE = """Score frozen features with a weighted k-nearest-neighbour vote (cls token, cosine similarity).
 
@@ -22,13 +21,9 @@ or Parquet files with labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnArgs(BackboneArgs):
+class KnnArgs(LabelledArgs):
     """Arguments of `opendino eval knn`."""
 
-    train: Path
-    """Labelled images that vote."""
-    val: Path
-    """Labelled images that are classified."""
     k: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours."""
     temperature: float = 0.07
@@ -55,9 +50,8 @@ def main(argv: list[str]) -> int:
 def run_knn(args: KnnArgs) -> dict[str, Any]:
     """Embed both sets and score them; see `opendino.evaluate.knn.knn_accuracy` for the figures."""
     from opendino.evaluate.knn import few_shot_accuracy, knn_accuracy
-    from opendino.images.sources import open_source
 
-    sources = {"train": open_source(args.train), "val": open_source(args.val)}
+    sources = open_labelled(args)
     classes = check_classes(sources)
     embedder = pooled_embedder(args)
     parts = labelled_features(args, embedder, sources, classes)

@@ -27,8 +27,9 @@ EXAMPLE = """Score frozen features by what the nearest neighbours of queries are
 Example:
   opendino eval retrieval --model vits14 --data places/retrieval.json --pooling cls --page found.html --json
 
---data is a .json file with a gallery, queries and what each is to find (docs/evaluation-retrieval.md), or a folder
-with retrieval.json. Sets with lists are scored by the revisited Oxford and Paris protocol (mAP and precision at k;
+--data is a .json file with a gallery, queries and what each is to find (docs/evaluation-retrieval.md), a folder with
+retrieval.json, or the folder of revisited Oxford or Paris, Met or AmsterTime.
+Sets with lists are scored by the revisited Oxford and Paris protocol (mAP and precision at k;
 easy, medium, hard); sets with instances also by the Met's global average precision."""
 FAR = -2.0
 """Below every cosine: images that cannot be read, and a query among the images it searches."""
@@ -41,7 +42,7 @@ class RetrievalArgs(BackboneArgs):
     """Arguments of `opendino eval retrieval`."""
 
     data: Path
-    """.json file, or a folder that holds retrieval.json."""
+    """.json file, a folder that holds retrieval.json, or the folder of a named set."""
     pooling: Literal["cls", "mean", "gem"] = "cls"
     """Vector of an image: cls token, mean of the patch tokens, or their generalised mean (power 3; negative values
     count as 1e-6)."""
@@ -80,10 +81,9 @@ def run_retrieval(args: RetrievalArgs) -> dict[str, Any]:
         without_positives {level: those that do not count}, gap, gap_no_distractors and accuracy for sets with
         instances, and the counts of images.
     """
-    from opendino.evaluate.datasets.retrieval_json import open_retrieval
     from opendino.evaluate.retrieval import score_queries, summary
 
-    scales, data = parse_scales(args.scales), open_retrieval(args.data)
+    scales, data = parse_scales(args.scales), open_set(args.data)
     query_x, gallery_x, unreadable = _described(args, data, scales)
     kept = np.flatnonzero(np.isfinite(query_x[:, 0]))
     if not len(kept):
@@ -110,6 +110,13 @@ def run_retrieval(args: RetrievalArgs) -> dict[str, Any]:
         "pooling": args.pooling, "scales": list(scales), "queries": len(kept), "gallery": len(data.gallery),
         "errors": len(unreadable), "errors_queries": len(data.queries) - len(kept),
     }  # fmt: skip
+
+
+def open_set(path: Path) -> RetrievalSet:
+    """Open a .json file of the plain form, or the folder of a set."""
+    from opendino.evaluate.datasets import detect, retrieval_json
+
+    return retrieval_json.open_retrieval(path) if path.is_file() else detect.open_retrieval(path)
 
 
 def parse_scales(text: str) -> tuple[float, ...]:

@@ -43,7 +43,7 @@ FALLBACK = {
     "classification": "SPLIT/CLASS/*.jpg or SPLIT.csv with path,label",
     "segmentation": "images/SPLIT/*.jpg with masks/SPLIT/*.png and classes.txt",
     "depth": "images/SPLIT/*.jpg with depth/SPLIT/*.png",
-    "retrieval": "a folder of revisited Oxford or Paris, Met or AmsterTime",
+    "retrieval": "retrieval.json",
 }
 
 

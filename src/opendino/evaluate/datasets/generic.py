@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts of one's own: class folders, tables, images with masks, images with depth.
+"""Layouts of one's own: class folders, tables, images with masks or depth, a retrieval list.
 
 ROOT/SPLIT/CLASS/*.jpg, or ROOT/CLASS/*.jpg       ROOT/SPLIT.csv with path,label
 ROOT/images/SPLIT  ROOT/masks/SPLIT  classes.txt   ROOT/images/SPLIT  ROOT/depth/SPLIT  depth.json
+ROOT/retrieval.json
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from opendino.evaluate.datasets.folders import open_folder_depth, open_folder_masks
 from opendino.evaluate.datasets.layout import Layout, Opened, class_folders, subfolders
+from opendino.evaluate.datasets.retrieval_json import read_retrieval_json
 from opendino.images.sources import EXTENSIONS, FileSource, open_source
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -54,6 +56,10 @@ LAYOUTS = (
     Layout(
         "images with depth", "depth", ("images/*", "depth/*"), lambda root: _shared(root, "depth"),
         lambda root, split: Opened(open_folder_depth(root, split)), (), lambda root: bool(_shared(root, "depth")),
+    ),
+    Layout(
+        "retrieval.json", "retrieval", ("retrieval.json",), lambda root: ["test"],
+        lambda root, split: Opened(read_retrieval_json(root / "retrieval.json")),
     ),
     Layout(
         "tables", "classification", ("|".join(f"{s}.csv" for s in SPLITS),), _table_splits,
