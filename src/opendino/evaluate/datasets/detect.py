@@ -28,9 +28,9 @@ from opendino.evaluate.datasets import (
     sunrgbd,
     voc,
 )
-from opendino.evaluate.datasets.layout import Kind, Layout, Opened, resolve_split
+from opendino.evaluate.datasets.layout import Kind, Layout, Opened, has, resolve_split
 from opendino.evaluate.datasets.types import DepthSet, RetrievalSet, SegmentationSet
-from opendino.images.sources import ImageSource, open_source
+from opendino.images.sources import EXTENSIONS, ImageSource, open_source
 
 log = logging.getLogger("opendino")
 
@@ -213,13 +213,15 @@ def _closest_miss(path: Path, kind: Kind | None) -> str:
     for layout in (*LAYOUTS, *generic.LAYOUTS):
         present, missing = layout.missing(path)
         if kind in (None, layout.kind) and present and missing:
-            depth = sum(s.split("|")[0].count("/") for s in present)  # images/training says more than images
+            depth = sum(s.count("/") for s in present)  # images/training says more than images
             near.append((len(present) / len(layout.signs), depth, layout.name, present, missing))
     near.sort(key=lambda n: (-n[0], -n[1]))
     above = next((p for p in list(path.resolve().parents)[:2] if _matches_named(p, kind)), None)
     parts = [f"{path} is no {kind or 'known'} data set."]
     if above is not None:
         parts.append(f"Its folder {above} is {_matches_named(above, kind)}: give that one.")
+    if kind in (None, "classification") and has(path, "|".join(f"*{e}" for e in sorted(EXTENSIONS))):
+        parts.append("It holds images, but not in one folder a class.")
     for _, _, name, present, missing in near[:2]:
         parts.append(f"For {name} there is {_words(present, ' and ')} but no {_words(missing, ' and no ')}.")
     forms = FALLBACK if kind is None else {kind: FALLBACK[kind]}

@@ -39,7 +39,7 @@ def open_annotated(root: Path, split: str) -> Opened:
     """Open every annotated depth file of train or val with its image of the raw recordings."""
     base = _annotated(root)
     assert base is not None
-    depths = sorted((base / split).glob(f"*/{DEPTHS}/image_0[23]/*.png"))
+    depths = sorted((base / split).glob(f"*/{DEPTHS}/image_0[23]/[!.]*.png"))
     images, missing = [], []
     for path in depths:
         drive, camera = path.parents[3].name, path.parent.name
