@@ -9,8 +9,9 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
+from opendino.cli import main
 from opendino.errors import DataError
-from opendino.evaluate.datasets.detect import detect, open_classification, open_depth
+from opendino.evaluate.datasets.detect import detect, open_classification, open_depth, open_labelled
 
 
 def save_image(path):
@@ -257,6 +258,34 @@ def test_class_folders_and_tables_of_ones_own(tmp_path):
     (found,) = detect(tmp_path / "tables")
     assert (found.name, dict(found.splits)) == ("tables", {"train": 1})
     assert labels(tmp_path / "tables/train.csv", "train") == labels(tmp_path / "tables", "train")
+
+
+def test_places_as_a_command_line_names_them(tmp_path):
+    make_food(tmp_path / "food-101")
+    for name in ("own/train/cat/1.jpg", "own/val/cat/3.jpg", "n/n02085620/1.jpg", "flat/2.jpg", "odd:train/cat/1.jpg"):
+        save_image(tmp_path / name)
+    assert open_labelled(f"{tmp_path}/food-101:test").classes == ["apple_pie"]
+    assert open_labelled(tmp_path / "own:validation").name(0) == str(tmp_path / "own/val/cat/3.jpg")
+    assert open_labelled(tmp_path / "own/train").classes == ["cat"]  # a folder as before
+    assert open_labelled(tmp_path / "odd:train").classes == ["cat"]
+    assert open_labelled(tmp_path / "n").classes == ["n02085620"]  # a set of one split needs no name
+    assert open_labelled(tmp_path / "flat").classes == []
+    for name, splits in (("food-101", "train, test"), ("own", "train, val")):  # its folders are no classes
+        with pytest.raises(DataError, match=rf"with the splits {splits}\. Name one of them, such as .*{name}:train\."):
+            open_labelled(tmp_path / name)
+    with pytest.raises(DataError, match="has no split 'dev'; it has train, test"):
+        open_labelled(tmp_path / "food-101:dev")
+    with pytest.raises(DataError, match="does not exist"):
+        open_labelled(tmp_path / "missing:train")
+
+
+def test_knn_takes_a_split_of_a_named_set(tmp_path, capsys):
+    make_sun(tmp_path)
+    write(tmp_path / "Partitions/Testing_01.txt", "/a/abbey/sun_1.jpg")
+    args = ["--model", "vits14", "--weights", "random", "--size", "28", "--k", "1", "--json"]
+    assert main(["eval", "knn", "--train", f"{tmp_path}:train", "--val", f"{tmp_path}:test", *args]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["num_train"], figures["num_val"], figures["num_classes"]) == (2, 1, 2)
 
 
 def test_nothing_known_names_the_closest_miss(tmp_path):

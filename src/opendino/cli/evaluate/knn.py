@@ -17,8 +17,8 @@ EXAMPLE = """Score frozen features with a weighted k-nearest-neighbour vote (cls
 Example:
   opendino eval knn --model vits14 --train photos/train --val photos/val --k 10 20 --json
 
---train and --val are folders with one folder of images per class, .csv files with path,label, or tar shards
-or Parquet files with labels."""
+--train and --val are folders with one folder of images per class, .csv files with path,label, tar shards or
+Parquet files with labels, or ROOT:SPLIT of a named data set, such as food-101:test (docs/datasets.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,10 @@ def main(argv: list[str]) -> int:
 
 def run_knn(args: KnnArgs) -> dict[str, Any]:
     """Embed both sets and score them; see `opendino.evaluate.knn.knn_accuracy` for the figures."""
+    from opendino.evaluate.datasets.detect import open_labelled
     from opendino.evaluate.knn import few_shot_accuracy, knn_accuracy
-    from opendino.images.sources import open_source
 
-    sources = {"train": open_source(args.train), "val": open_source(args.val)}
+    sources = {"train": open_labelled(args.train), "val": open_labelled(args.val)}
     classes = check_classes(sources)
     embedder = pooled_embedder(args)
     parts = labelled_features(args, embedder, sources, classes)

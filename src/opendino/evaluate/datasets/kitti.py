@@ -16,7 +16,10 @@ from opendino.evaluate.datasets.folders import FolderDepth
 from opendino.evaluate.datasets.layout import SHOWN, Layout, Opened, subfolders
 
 LISTS = {
-    split: (f"kitti_eigen_{split}.txt", f"eigen_{split}_files_with_gt.txt") for split in ("train", "test")
+    split: tuple(f"{name}.txt" for name in (
+        f"kitti_eigen_{split}", f"eigen_{split}_files_with_gt", f"kitti_eigen_{split}_files_with_gt"
+    ))
+    for split in ("train", "test")
 }  # fmt: skip
 IMAGES = ("", "input", "raw", "raw_data", "kitti_raw")
 ANNOTATED = ("", "gt_depth", "data_depth_annotated")
