@@ -321,6 +321,9 @@ def test_kitti_eigen_lists(tmp_path, raw, annotated, part):
     assert found.notes == ("1 of the 2 lines of kitti_eigen_test.txt have no depth file (None) and are left out.",)
     test = open_depth(tmp_path, "test")
     assert (test.crop, test.max_depth, test.depth(0).unique().item()) == ("garg", 80.0, 40.5)
+    (tmp_path / "kitti_eigen_test.txt").rename(tmp_path / "eigen_test_files_with_gt.txt")
+    write(tmp_path / "eigen_test_files_with_gt.txt", lines[1].removeprefix("2011_09_26/"))  # as some copies have it
+    assert open_depth(tmp_path, "test").name(0).endswith(lines[1].split()[0])
 
 
 def test_kitti_without_lists(tmp_path):

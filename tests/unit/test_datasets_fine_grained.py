@@ -270,6 +270,8 @@ def test_places_as_a_command_line_names_them(tmp_path):
     assert open_labelled(tmp_path / "odd:train").classes == ["cat"]
     assert open_labelled(tmp_path / "n").classes == ["n02085620"]  # a set of one split needs no name
     assert open_labelled(tmp_path / "flat").classes == []
+    write(tmp_path / "own/train/test.csv", "path,label", "cat/1.jpg,x")  # a table in a folder of classes
+    assert open_labelled(tmp_path / "own/train").classes == ["cat"]
     for name, splits in (("food-101", "train, test"), ("own", "train, val")):  # its folders are no classes
         with pytest.raises(DataError, match=rf"with the splits {splits}\. Name one of them, such as .*{name}:train\."):
             open_labelled(tmp_path / name)

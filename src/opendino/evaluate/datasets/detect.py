@@ -131,7 +131,7 @@ def open_labelled(place: str | Path) -> ImageSource:
     splits = layout.splits(found)
     if len(splits) == 1 and layout not in generic.LAYOUTS:
         return open_classification(text, splits[0])
-    if layout in generic.LAYOUTS and splits == ["all"]:
+    if layout.name == "tables" or (layout in generic.LAYOUTS and splits == ["all"]):
         return open_source(place)
     raise DataError(
         f"{text} is {layout.name}, with the splits {', '.join(splits[:20])}. Name one of them, such as "

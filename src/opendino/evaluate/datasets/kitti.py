@@ -8,6 +8,7 @@ DATE/DRIVE/image_02/data/*.png                      in the root, input/ or raw/
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from opendino.errors import DataError
@@ -24,6 +25,7 @@ LISTS = {
 IMAGES = ("", "input", "raw", "raw_data", "kitti_raw")
 ANNOTATED = ("", "gt_depth", "data_depth_annotated")
 SCALE, MIN_DEPTH, MAX_DEPTH = 1 / 256, 1e-3, 80.0
+DATE = re.compile(r"\d{4}_\d\d_\d\d")
 DEPTHS = "proj_depth/groundtruth"
 
 
@@ -32,8 +34,10 @@ def open_list(root: Path, split: str) -> Opened:
     listed = _list(root, split)
     assert listed is not None
     depths = [root / d / part for d in ANNOTATED for part in ("", "train", "val")]
+    images = [root / d for d in IMAGES]
+    images += [base / date for base in images for date in subfolders(base) if DATE.fullmatch(date)]  # lists without it
     return open_depth_list(
-        root, listed, [root / d for d in IMAGES], depths, scale=SCALE, min_depth=MIN_DEPTH, max_depth=MAX_DEPTH,
+        root, listed, images, depths, scale=SCALE, min_depth=MIN_DEPTH, max_depth=MAX_DEPTH,
         crop="garg",
     )  # fmt: skip
 
