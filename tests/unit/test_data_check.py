@@ -70,6 +70,16 @@ def test_a_class_of_val_only_an_empty_class_and_a_broken_file(folders, capsys):
     assert "mend: val: 1 classes" in capsys.readouterr().out
 
 
+def test_tables_and_lists_of_images(folders, capsys):
+    (folders / "some.csv").write_text("path,label\ntrain/cat/0.jpg,cat\ntrain/dog/0.jpg,dog\ntrain/dog/1.jpg,\n")
+    code, found = run(capsys, folders / "some.csv")
+    assert (code, found["splits"]["all"]["read"]) == (1, 3)
+    assert found["problems"] == ["1 of 3 images have no class."]
+    (folders / "some.txt").write_text("train/cat/0.jpg\n")
+    code, found = run(capsys, folders / "some.txt")
+    assert (code, found["notes"], found["problems"]) == (0, ["no image has a class."], [])
+
+
 def test_uneven_classes_are_noted(folders, capsys):
     for i in range(30):
         save_image(folders / "train/cat" / f"more{i}.jpg")

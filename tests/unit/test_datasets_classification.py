@@ -5,6 +5,7 @@ import csv
 import json
 import pickle
 import struct
+import sys
 from typing import ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from torchvision.datasets import CIFAR10
 
 from opendino.errors import DataError
 from opendino.evaluate.datasets.detect import detect, open_classification
@@ -120,6 +122,24 @@ def test_imagenet_v2_numbers_are_places_among_sorted_wordnet_ids(tmp_path):
     found = open_classification(root, "test")
     assert labels(found) == {f"{i}/{i}.jpeg": wnids()[i] for i in (0, 10, 2, 151)}
     assert detect(root)[0].notes == ("4 of 1000 class folders hold images.",)
+
+
+@pytest.mark.parametrize(("sets", "message"), [
+    ([[1000]], "the class 1000; class indices are 0 to 999"), ([["x"]], "the class 'x'"), ({}, "no list of lists"),
+    ([[1]], "has 1 lists, none for .*00000002.JPEG and 1 more"), ([[], [], []], "no image that .* gives a class"),
+])  # fmt: skip
+def test_real_that_does_not_fit(tmp_path, sets, message):
+    make_imagenet(tmp_path)
+    write(tmp_path / "real.json", json.dumps(sets))
+    with pytest.raises(DataError, match=message):
+        open_classification(tmp_path, "real")
+
+
+def test_detection_reads_names_only(tmp_path):
+    make_imagenet(tmp_path)
+    for path in tmp_path.rglob("*.JPEG"):
+        path.write_bytes(b"")
+    assert name_and_splits(tmp_path) == [("ImageNet-1k", {"train": 3, "val": 3})]
 
 
 def test_wordnet_ids_are_the_thousand_in_order():
@@ -249,7 +269,7 @@ def save_pickle(path, value, python=2):
 
 
 @pytest.mark.parametrize("python", [2, 3])
-def test_cifar(tmp_path, python):
+def test_cifar(tmp_path, python, monkeypatch):
     rng = np.random.default_rng(0)
     ten, hundred = tmp_path / "cifar-10-batches-py", tmp_path / "cifar-100-python"
     data = {f"data_batch_{i}": rng.integers(0, 256, (2, 3072), dtype=np.uint8) for i in range(1, 6)}
@@ -273,6 +293,13 @@ def test_cifar(tmp_path, python):
     assert np.array_equal(pixels, data["data_batch_2"][1].reshape(3, 32, 32))
     assert train.name(3) == f"{ten}/data_batch_2/data_batch_2_1.png"
     assert open_classification(hundred, "test").labels == [0, 1, 1]
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # of the true files only
+    monkeypatch.setattr(sys.modules[CIFAR10.__module__], "check_integrity", lambda path, md5: True)
+    for split in ("train", "test"):
+        peer, ours = CIFAR10(tmp_path, split == "train"), open_classification(ten, split)
+        assert peer.targets == ours.labels
+        assert peer.classes == ours.classes
+        assert all(np.array_equal(np.array(peer[i][0]).transpose(2, 0, 1), read_image(ours.read(i))) for i in range(3))
     assert train.names_hash() != open_classification(ten, "test").names_hash()
     save_pickle(ten / "test_batch", {"data": data["test_batch"], "labels": [0, 1]}, python)
     with pytest.raises(DataError, match=r"\(3, 3072\) and 2 labels"):

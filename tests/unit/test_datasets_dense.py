@@ -101,6 +101,22 @@ def test_cityscapes_ids_are_those_of_another_implementation():
     assert {i: (n, name) for n, (i, name) in enumerate(CITY.items())} == published
 
 
+def test_torchvision_pairs_the_same_images_and_masks(tmp_path):
+    from torchvision.datasets import Cityscapes, VOCSegmentation
+
+    make_city(tmp_path / "city")
+    peer, ours = (
+        Cityscapes(tmp_path / "city", "val", target_type="semantic"),
+        open_segmentation(tmp_path / "city", "val"),
+    )
+    assert [str(p) for p in ours.images] == peer.images
+    assert [[str(p)] for p in ours.masks] == peer.targets
+    make_voc(tmp_path / "voc/VOCdevkit/VOC2012")
+    peer, ours = VOCSegmentation(tmp_path / "voc", image_set="val"), open_segmentation(tmp_path / "voc", "val")
+    assert [str(p) for p in ours.images] == peer.images
+    assert np.array_equal(np.array(peer[0][1]), ours.mask(0))
+
+
 def test_cityscapes_by_train_ids_and_with_a_mask_missing(tmp_path):
     make_city(tmp_path, "labelTrainIds", (0, 18, 255, 3))
     assert open_segmentation(tmp_path, "val").mask(0)[0].tolist() == [0, 18, 255, 3] * 2
@@ -144,6 +160,14 @@ def test_voc(tmp_path):
     write(root / "ImageSets/Segmentation/val.txt", "2007_000033", "2008_000001")
     with pytest.raises(DataError, match=r"1 of 2 files that .*val\.txt names .*2008_000001\.jpg"):
         open_segmentation(root, "val")
+
+
+def test_voc_2007_has_test_masks(tmp_path):
+    make_voc(tmp_path)
+    write(tmp_path / "ImageSets/Segmentation/test.txt", "2007_000033")
+    assert "test" in detect(tmp_path)[0].splits
+    write(tmp_path / "ImageSets/Segmentation/test.txt", "2008_000006")  # as 2012's, without masks
+    assert "test" not in detect(tmp_path)[0].splits
 
 
 def test_voc_mask_saved_in_colour_is_refused(tmp_path):
@@ -297,6 +321,9 @@ def test_kitti_eigen_lists(tmp_path, raw, annotated, part):
     assert found.notes == ("1 of the 2 lines of kitti_eigen_test.txt have no depth file (None) and are left out.",)
     test = open_depth(tmp_path, "test")
     assert (test.crop, test.max_depth, test.depth(0).unique().item()) == ("garg", 80.0, 40.5)
+    (tmp_path / "kitti_eigen_test.txt").rename(tmp_path / "eigen_test_files_with_gt.txt")
+    write(tmp_path / "eigen_test_files_with_gt.txt", lines[1].removeprefix("2011_09_26/"))  # as some copies have it
+    assert open_depth(tmp_path, "test").name(0).endswith(lines[1].split()[0])
 
 
 def test_kitti_without_lists(tmp_path):

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fine-grained sets on small copies of their true layouts, class folders, and what the nearest miss is."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+from torchvision import datasets
 
+from opendino.cli import main
 from opendino.errors import DataError
-from opendino.evaluate.datasets.detect import detect, open_classification, open_depth
+from opendino.evaluate.datasets.detect import detect, open_classification, open_depth, open_labelled
 
 
 def save_image(path):
@@ -148,6 +152,41 @@ def test_fine_grained_set(tmp_path, name):
     assert any(needed.split("/")[-1] in p for p in detect(tmp_path)[0].problems)
 
 
+PEERS = {
+    "Food-101": lambda root: datasets.Food101(root, "train"),
+    "SUN397": lambda root: datasets.SUN397(root),
+    "Stanford Cars": lambda root: datasets.StanfordCars(root, "train"),
+    "FGVC-Aircraft": lambda root: datasets.FGVCAircraft(root, "trainval"),
+    "DTD": lambda root: datasets.DTD(root, "val", 2),
+    "Oxford-IIIT Pets": lambda root: datasets.OxfordIIITPet(root, "trainval"),
+    "Flowers-102": lambda root: datasets.Flowers102(root, "train"),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_torchvision_reads_the_same_images_and_classes(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(datasets.flowers102, "check_integrity", lambda path, md5: True)  # of the true files only
+    make, folder, *_ = SETS[name]
+    root = tmp_path / "dtd/dtd" if name == "DTD" else tmp_path / folder
+    root.mkdir(parents=True)
+    split, _ = make(root)
+    if name == "Food-101":
+        lists = {"apple_pie": ["apple_pie/1005649"], "waffles": ["waffles/9"]}
+        (root / "meta/train.json").write_text(json.dumps(lists))
+    peer = PEERS[name](tmp_path)
+    source = open_classification(tmp_path, "all" if name == "SUN397" else "val2" if name == "DTD" else split)
+    if name == "Stanford Cars":
+        pairs = peer._samples
+    else:
+        files = peer._images if name == "Oxford-IIIT Pets" else peer._image_files
+        pairs = list(zip(files, peer._labels))
+    assert sorted(str(p) for p, _ in pairs) == sorted(source.name(i) for i in range(len(source)))
+    ours = {source.name(i): label for i, label in enumerate(source.labels)}
+    assert (
+        len({(label, ours[str(p)]) for p, label in pairs}) == len({label for _, label in pairs}) == len(source.classes)
+    )
+
+
 def test_sets_side_by_side_are_all_found(tmp_path):
     for name in ("Food-101", "DTD"):
         make, folder, *_ = SETS[name]
@@ -221,16 +260,52 @@ def test_class_folders_and_tables_of_ones_own(tmp_path):
     assert labels(tmp_path / "tables/train.csv", "train") == labels(tmp_path / "tables", "train")
 
 
+def test_places_as_a_command_line_names_them(tmp_path):
+    make_food(tmp_path / "food-101")
+    for name in ("own/train/cat/1.jpg", "own/val/cat/3.jpg", "n/n02085620/1.jpg", "flat/2.jpg", "odd:train/cat/1.jpg"):
+        save_image(tmp_path / name)
+    assert open_labelled(f"{tmp_path}/food-101:test").classes == ["apple_pie"]
+    assert open_labelled(tmp_path / "own:validation").name(0) == str(tmp_path / "own/val/cat/3.jpg")
+    assert open_labelled(tmp_path / "own/train").classes == ["cat"]  # a folder as before
+    assert open_labelled(tmp_path / "odd:train").classes == ["cat"]
+    assert open_labelled(tmp_path / "n").classes == ["n02085620"]  # a set of one split needs no name
+    assert open_labelled(tmp_path / "flat").classes == []
+    write(tmp_path / "own/train/test.csv", "path,label", "cat/1.jpg,x")  # a table in a folder of classes
+    assert open_labelled(tmp_path / "own/train").classes == ["cat"]
+    for name, splits in (("food-101", "train, test"), ("own", "train, val")):  # its folders are no classes
+        with pytest.raises(DataError, match=rf"with the splits {splits}\. Name one of them, such as .*{name}:train\."):
+            open_labelled(tmp_path / name)
+    with pytest.raises(DataError, match="has no split 'dev'; it has train, test"):
+        open_labelled(tmp_path / "food-101:dev")
+    with pytest.raises(DataError, match="does not exist"):
+        open_labelled(tmp_path / "missing:train")
+
+
+def test_knn_takes_a_split_of_a_named_set(tmp_path, capsys):
+    make_sun(tmp_path)
+    write(tmp_path / "Partitions/Testing_01.txt", "/a/abbey/sun_1.jpg")
+    args = ["--model", "vits14", "--weights", "random", "--size", "28", "--k", "1", "--json"]
+    assert main(["eval", "knn", "--train", f"{tmp_path}:train", "--val", f"{tmp_path}:test", *args]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["num_train"], figures["num_val"], figures["num_classes"]) == (2, 1, 2)
+
+
 def test_nothing_known_names_the_closest_miss(tmp_path):
     with pytest.raises(DataError, match="is no folder"):
         detect(tmp_path / "missing")
     save_image(tmp_path / "images/training/1.jpg")
     with pytest.raises(
-        DataError, match=r"For ADE20k there is images/training or images/validation but no annotations/"
+        DataError, match=r"For ADE20k there is images/training but no annotations/training or annotations/validation"
     ):
         detect(tmp_path)
     with pytest.raises(DataError, match=r"is no depth data set.*For images with depth there is images/\* but no depth"):
         open_depth(tmp_path, "train")
+
+
+def test_images_without_class_folders_are_called_so(tmp_path):
+    save_image(tmp_path / "1.JPEG".lower())
+    with pytest.raises(DataError, match=r"is no known data set\. It holds images, but not in one folder a class\."):
+        detect(tmp_path)
 
 
 def test_a_folder_too_deep_is_told_the_one_above(tmp_path):

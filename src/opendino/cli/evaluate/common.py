@@ -61,7 +61,7 @@ class LabelledArgs(BackboneArgs):
     val_split: str = "val"
     """Split of --data that is scored."""
     train: Path | None = None
-    """Labelled images to learn from: class folders, .csv with path,label, tar shards or Parquet."""
+    """Labelled images to learn from: class folders, .csv with path,label, shards, Parquet, or ROOT:SPLIT of a set."""
     val: Path | None = None
     """Labelled images that are scored."""
 
@@ -114,18 +114,17 @@ def open_labelled(args: LabelledArgs) -> dict[str, ImageSource]:
         ConfigError: when neither --data nor both of --train and --val are given.
         DataError: when they cannot be opened.
     """
-    from opendino.evaluate.datasets.detect import open_classification
-    from opendino.images.sources import open_source
+    from opendino.evaluate.datasets import detect
 
     if args.data is not None and args.train is None and args.val is None:
         splits = {"train": args.train_split, "val": args.val_split}
-        return {name: open_classification(args.data, split) for name, split in splits.items()}
+        return {name: detect.open_classification(args.data, split) for name, split in splits.items()}
     if args.data is not None or args.train is None or args.val is None:
         raise ConfigError(
             "Labelled images are missing: give --train and --val, one folder of images per class each, or --data with "
             "a set that has splits."
         )
-    return {"train": open_source(args.train), "val": open_source(args.val)}
+    return {"train": detect.open_labelled(args.train), "val": detect.open_labelled(args.val)}
 
 
 def labelled_features(

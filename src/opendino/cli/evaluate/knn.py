@@ -16,8 +16,8 @@ EXAMPLE = """Score frozen features with a weighted k-nearest-neighbour vote (cls
 Example:
   opendino eval knn --model vits14 --train photos/train --val photos/val --k 10 20 --json
 
---train and --val are folders with one folder of images per class, .csv files with path,label, or tar shards
-or Parquet files with labels."""
+--train and --val are folders with one folder of images per class, .csv files with path,label, tar shards or
+Parquet files with labels, or ROOT:SPLIT of a named data set, such as food-101:test (docs/datasets.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

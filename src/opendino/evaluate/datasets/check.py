@@ -19,7 +19,7 @@ from opendino.evaluate.datasets.layout import Layout, subfolders
 from opendino.evaluate.datasets.types import IGNORE, DepthSet, RetrievalSet, SegmentationSet
 from opendino.images.ahead import map_ahead
 from opendino.images.arrays import read_image
-from opendino.images.sources import ImageSource
+from opendino.images.sources import ImageSource, open_source
 
 SAMPLE = 64
 """Images of a split that are read without `deep`, spread evenly over it."""
@@ -64,7 +64,7 @@ def check(path: str | Path, *, deep: bool = False, on_image: OnImage | None = No
     """Look at every data set at a path.
 
     Args:
-        path: folder of a data set.
+        path: folder of a data set, or a table, list, shards or Parquet files of images.
         deep: read every image, not a sample of 64 a split.
         on_image: is told of progress.
 
@@ -74,7 +74,11 @@ def check(path: str | Path, *, deep: bool = False, on_image: OnImage | None = No
     Raises:
         DataError: when there is no known set at the path.
     """
-    return [_check_set(layout, root, deep, on_image) for layout, root in matches(path)]
+    place = Path(path).expanduser()
+    if place.is_dir() or not place.exists():
+        return [_check_set(layout, root, deep, on_image) for layout, root in matches(place)]
+    part = _check_split(place, "all", open_source(place), deep, on_image)
+    return [_described("images", "classification", place, Checked({"all": part.facts}, part.problems, part.notes))]
 
 
 def _check_set(layout: Layout, root: Path, deep: bool, on_image: OnImage | None) -> dict[str, Any]:
@@ -94,9 +98,13 @@ def _check_set(layout: Layout, root: Path, deep: bool, on_image: OnImage | None)
         whole.problems += [f"{split}: {p}" for p in part.problems]
         whole.notes += [f"{split}: {n}" for n in part.notes] + [n for n in found.notes if n not in whole.notes]
     _compare_classes(opened, whole)
+    return _described(layout.name, layout.kind, root, whole)
+
+
+def _described(name: str, kind: str, root: Path, found: Checked) -> dict[str, Any]:
     return {
-        "name": layout.name, "kind": layout.kind, "root": str(root), "splits": whole.facts,
-        "problems": whole.problems, "notes": whole.notes,
+        "name": name, "kind": kind, "root": str(root), "splits": found.facts, "problems": found.problems,
+        "notes": found.notes,
     }  # fmt: skip
 
 
@@ -214,7 +222,10 @@ def _sum_masks(data: SegmentationSet, masks: list[dict[int, int]], part: Checked
 def _balance(root: Path, split: str, data: ImageSource, part: Checked) -> None:
     ids = data.label_ids()
     bare = int((ids < 0).sum())
-    if bare or not data.classes:
+    if not data.classes:
+        part.notes.append("no image has a class.")
+        return
+    if bare:
         part.problems.append(f"{bare} of {len(data)} images have no class.")
         return
     counts = np.bincount(ids, minlength=len(data.classes))

@@ -26,7 +26,7 @@ IMAGE, LABELS, TRAIN_LABELS = "_leftImg8bit.png", "_gtFine_labelIds.png", "_gtFi
 def open_cityscapes(root: Path, split: str) -> Opened:
     """Open train or val."""
     base, masks_base = root / "leftImg8bit" / split, root / "gtFine" / split
-    found = sorted(f"{p.parent.name}/{p.name.removesuffix(IMAGE)}" for p in base.glob(f"*/*{IMAGE}"))
+    found = sorted(f"{p.parent.name}/{p.name.removesuffix(IMAGE)}" for p in base.glob(f"*/[!.]*{IMAGE}"))
     if not found:
         raise DataError(f"{base} has no images CITY/*{IMAGE}. Unpack leftImg8bit_trainvaltest.zip there.")
     by_train_id = not any(masks_base.glob(f"*/*{LABELS}")) and any(masks_base.glob(f"*/*{TRAIN_LABELS}"))

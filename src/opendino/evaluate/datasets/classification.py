@@ -61,7 +61,7 @@ def open_sun(root: Path, split: str) -> Opened:
     classes = {line.strip("/") for line in read_lines(named)}
     if split == "all":
         paths = sorted(str(p.relative_to(root)).replace("\\", "/") for c in sorted(classes)
-                       for p in (root / c).glob("*") if p.suffix.lower() in EXTENSIONS)  # fmt: skip
+                       for p in (root / c).glob("[!.]*") if p.suffix.lower() in EXTENSIONS)  # fmt: skip
         listed, notes = named, () if len(sun_splits(root)) > 1 else (
             "The partitions are not there, so all images are one split; put Training_01.txt and Testing_01.txt of "
             "Partitions.zip into Partitions/ for the published one.",
@@ -234,7 +234,7 @@ def _layout(
 LAYOUTS = (
     _layout("Food-101", ("meta/train.txt|meta/test.txt", "images"), _txt("meta", "train", "test"), open_food,
             "food-101"),
-    _layout("SUN397", ("ClassName.txt", "a/abbey|[a-z]/*"), sun_splits, open_sun, "SUN397"),
+    _layout("SUN397", ("ClassName.txt", "a"), sun_splits, open_sun, "SUN397"),
     _layout("Stanford Cars", ("cars_train", "devkit/cars_meta.mat"), cars_splits, open_cars, "stanford_cars"),
     _layout("FGVC-Aircraft", ("images_variant_*.txt", "images"), aircraft_splits, open_aircraft, "data",
             "fgvc-aircraft-2013b/data"),

@@ -28,9 +28,10 @@ from opendino.evaluate.datasets import (
     sunrgbd,
     voc,
 )
-from opendino.evaluate.datasets.layout import Kind, Layout, Opened, resolve_split
+from opendino.evaluate.datasets.layout import Kind, Layout, Opened, has, resolve_split
 from opendino.evaluate.datasets.types import DepthSet, RetrievalSet, SegmentationSet
-from opendino.images.sources import ImageSource, open_source
+from opendino.images import locations
+from opendino.images.sources import EXTENSIONS, ImageSource, open_source
 
 log = logging.getLogger("opendino")
 
@@ -108,6 +109,35 @@ def open_classification(path: str | Path, split: str) -> ImageSource:
         return open_source(path)
     opened: ImageSource = _open(path, split, "classification")
     return opened
+
+
+def open_labelled(place: str | Path) -> ImageSource:
+    """Open labelled images as a command line names them: what `open_source` takes, or ROOT:SPLIT of a data set.
+
+    Raises:
+        DataError: for a data set of several splits without a name of one, so that its folders are not taken for
+            classes; else as `open_classification` and `open_source`.
+    """
+    text = locations.as_location(place)
+    root, _, split = text.rpartition(":")
+    if root and split and not locations.is_url(text) and not os.path.exists(text) and os.path.isdir(root):
+        return open_classification(root, split)
+    if not os.path.isdir(text):
+        return open_source(place)
+    try:
+        layout, found = matches(text, "classification")[0]
+    except DataError:
+        return open_source(place)  # tar shards, Parquet, or images without classes
+    splits = layout.splits(found)
+    if len(splits) == 1 and layout not in generic.LAYOUTS:
+        return open_classification(text, splits[0])
+    if layout.name == "tables" or (layout in generic.LAYOUTS and splits == ["all"]):
+        return open_source(place)
+    raise DataError(
+        f"{text} is {layout.name}, with the splits {', '.join(splits[:20])}. Name one of them, such as "
+        f"{text.rstrip('/')}:{splits[0]}."
+        if splits else f"{text} looks like {layout.name}, but no split of it is complete."
+    )  # fmt: skip
 
 
 def open_segmentation(path: str | Path, split: str) -> SegmentationSet:
@@ -213,13 +243,15 @@ def _closest_miss(path: Path, kind: Kind | None) -> str:
     for layout in (*LAYOUTS, *generic.LAYOUTS):
         present, missing = layout.missing(path)
         if kind in (None, layout.kind) and present and missing:
-            depth = sum(s.split("|")[0].count("/") for s in present)  # images/training says more than images
+            depth = sum(s.count("/") for s in present)  # images/training says more than images
             near.append((len(present) / len(layout.signs), depth, layout.name, present, missing))
     near.sort(key=lambda n: (-n[0], -n[1]))
     above = next((p for p in list(path.resolve().parents)[:2] if _matches_named(p, kind)), None)
     parts = [f"{path} is no {kind or 'known'} data set."]
     if above is not None:
         parts.append(f"Its folder {above} is {_matches_named(above, kind)}: give that one.")
+    if kind in (None, "classification") and has(path, "|".join(f"*{e}" for e in sorted(EXTENSIONS))):
+        parts.append("It holds images, but not in one folder a class.")
     for _, _, name, present, missing in near[:2]:
         parts.append(f"For {name} there is {_words(present, ' and ')} but no {_words(missing, ' and no ')}.")
     forms = FALLBACK if kind is None else {kind: FALLBACK[kind]}

@@ -8,6 +8,7 @@ DATE/DRIVE/image_02/data/*.png                      in the root, input/ or raw/
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from opendino.errors import DataError
@@ -16,11 +17,15 @@ from opendino.evaluate.datasets.folders import FolderDepth
 from opendino.evaluate.datasets.layout import SHOWN, Layout, Opened, subfolders
 
 LISTS = {
-    split: (f"kitti_eigen_{split}.txt", f"eigen_{split}_files_with_gt.txt") for split in ("train", "test")
+    split: tuple(f"{name}.txt" for name in (
+        f"kitti_eigen_{split}", f"eigen_{split}_files_with_gt", f"kitti_eigen_{split}_files_with_gt"
+    ))
+    for split in ("train", "test")
 }  # fmt: skip
 IMAGES = ("", "input", "raw", "raw_data", "kitti_raw")
 ANNOTATED = ("", "gt_depth", "data_depth_annotated")
 SCALE, MIN_DEPTH, MAX_DEPTH = 1 / 256, 1e-3, 80.0
+DATE = re.compile(r"\d{4}_\d\d_\d\d")
 DEPTHS = "proj_depth/groundtruth"
 
 
@@ -29,8 +34,10 @@ def open_list(root: Path, split: str) -> Opened:
     listed = _list(root, split)
     assert listed is not None
     depths = [root / d / part for d in ANNOTATED for part in ("", "train", "val")]
+    images = [root / d for d in IMAGES]
+    images += [base / date for base in images for date in subfolders(base) if DATE.fullmatch(date)]  # lists without it
     return open_depth_list(
-        root, listed, [root / d for d in IMAGES], depths, scale=SCALE, min_depth=MIN_DEPTH, max_depth=MAX_DEPTH,
+        root, listed, images, depths, scale=SCALE, min_depth=MIN_DEPTH, max_depth=MAX_DEPTH,
         crop="garg",
     )  # fmt: skip
 
@@ -39,7 +46,7 @@ def open_annotated(root: Path, split: str) -> Opened:
     """Open every annotated depth file of train or val with its image of the raw recordings."""
     base = _annotated(root)
     assert base is not None
-    depths = sorted((base / split).glob(f"*/{DEPTHS}/image_0[23]/*.png"))
+    depths = sorted((base / split).glob(f"*/{DEPTHS}/image_0[23]/[!.]*.png"))
     images, missing = [], []
     for path in depths:
         drive, camera = path.parents[3].name, path.parent.name

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ ALIASES = {
     "valid": ("val", "validation"), "test": ("testing",), "testing": ("test",),
 }  # fmt: skip
 SHOWN = 5
+LOOKED_AT = 2000
+"""Entries of a folder that a pattern is tried on: where patterns are used, most entries match, or few are there."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,22 @@ class Layout:
         return next((p for p in places if p.is_dir() and all(has(p, s) for s in self.signs) and self.test(p)), None)
 
     def missing(self, path: Path) -> tuple[list[str], list[str]]:
-        """Give the signs that are there and those that are not, at the likeliest place below `path`."""
+        """Give the signs that are there (the alternative) and those that are not, at the likeliest place at `path`."""
         places = [path, *(path / name for name in self.folders)]
-        seen = [([s for s in self.signs if has(p, s)], [s for s in self.signs if not has(p, s)]) for p in places]
+        seen = []
+        for place in places:
+            there = {s: option for s in self.signs if (option := has(place, s))}
+            seen.append((list(there.values()), [s for s in self.signs if s not in there]))
         return max(seen, key=lambda s: len(s[0]))
 
 
-def has(root: Path, sign: str) -> bool:
-    """Say whether one of the alternatives of a sign lies below `root`."""
-    return any(first(root, option) is not None for option in sign.split("|"))
+def has(root: Path, sign: str) -> str:
+    """Give the first alternative of a sign that lies below `root`; an empty text without."""
+    return next((option for option in sign.split("|") if first(root, option) is not None), "")
 
 
 def first(root: Path, pattern: str) -> Path | None:
-    """Give one path below `root` that matches, without listing more than is needed."""
+    """Give one path below `root` that matches; of a folder of a million files only the beginning is looked at."""
     head, _, rest = pattern.partition("/")
     if not any(c in head for c in "*?["):
         found = root / head
@@ -86,7 +92,7 @@ def first(root: Path, pattern: str) -> Path | None:
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
         return None
     with os.scandir(root) as entries:
-        for entry in entries:
+        for entry in islice(entries, LOOKED_AT):
             if fnmatch.fnmatchcase(entry.name, head):
                 below = Path(entry.path)
                 if not rest:

@@ -95,7 +95,7 @@ def _frames(root: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
 def _only(folder: Path, suffixes: Collection[str]) -> Path | None:
     if not folder.is_dir():
         return None
-    return next((p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes), None)
+    return next((p for p in sorted(folder.glob("[!.]*")) if p.suffix.lower() in suffixes), None)
 
 
 def _chosen(root: Path, split: str, frames: dict[str, tuple[Path, Path]]) -> dict[str, tuple[Path, Path]]:
