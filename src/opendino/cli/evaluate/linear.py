@@ -115,6 +115,11 @@ def run_linear(args: LinearArgs) -> dict[str, Any]:
         test = parts["test"]
         found = class_scores(best.logits(test.cls, test.mean), test.labels, classes)
         result["test"] = found.summary() | {"per_class": found.by_class(), "num_test": len(test.labels)}
+    if args.save_head:
+        from opendino.heads.classifier import Linear
+
+        Linear.from_model(best, classes, embedder, args.model).save(args.save_head)
+        result["head"] = str(args.save_head)
     if args.confusion:
         result["confusion"] = scores.confusion.tolist()
     if args.page:

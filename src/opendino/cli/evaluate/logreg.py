@@ -15,6 +15,7 @@ from opendino.cli.evaluate.common import BackboneArgs, Labelled, check_classes, 
 
 if TYPE_CHECKING:
     from opendino.evaluate.classification import ClassificationScores
+    from opendino.evaluate.logistic import LogisticRegression
     from opendino.images.sources import ImageSource
 
 EXAMPLE = """Score frozen features with a logistic regression on the cls token.
@@ -73,7 +74,7 @@ def run_logreg(args: LogregArgs) -> dict[str, Any]:
     embedder = pooled_embedder(args)
     parts = labelled_features(args, embedder, sources, classes)
     train, val = parts["train"], parts["val"]
-    fitted, scores = _fit_and_score(args, embedder, train.last, train.labels, val, classes)
+    model, fitted, scores = _fit_and_score(args, embedder, train.last, train.labels, val, classes)
     result = scores.summary() | fitted
     result |= {
         "per_class": scores.by_class(),
@@ -84,6 +85,11 @@ def run_logreg(args: LogregArgs) -> dict[str, Any]:
     }
     if args.n_per_class:
         result["n_per_class"] = {str(n): _few_shot(args, embedder, train, val, classes, n) for n in args.n_per_class}
+    if args.save_head:
+        from opendino.heads.classifier import Logistic
+
+        Logistic.from_model(model, classes, embedder, args.model).save(args.save_head)
+        result["head"] = str(args.save_head)
     if args.confusion:
         result["confusion"] = scores.confusion.tolist()
     if args.page:
@@ -94,7 +100,7 @@ def run_logreg(args: LogregArgs) -> dict[str, Any]:
 
 def _fit_and_score(
     args: LogregArgs, embedder: Any, x: Any, y: Any, val: Labelled, classes: list[str]
-) -> tuple[dict[str, Any], ClassificationScores]:
+) -> tuple[LogisticRegression, dict[str, Any], ClassificationScores]:
     from opendino.cli.embed import images_progress
     from opendino.evaluate.classification import class_scores
     from opendino.evaluate.logistic import DEFAULT_C, choose_c, fit_logistic
@@ -111,7 +117,8 @@ def _fit_and_score(
         c = choice.c
         found = {"c_edge": choice.edge, "c_curve": choice.curve, "num_held_out": choice.num_held_out}
     model = fit_logistic(x, y, c, num_classes=len(classes), device=embedder.device)
-    return {"c": c, "converged": model.converged} | found, class_scores(model.logits(val.last), val.labels, classes)
+    scores = class_scores(model.logits(val.last), val.labels, classes)
+    return model, {"c": c, "converged": model.converged} | found, scores
 
 
 def _few_shot(
@@ -122,7 +129,7 @@ def _few_shot(
     runs = []
     for draw in range(args.draws):
         keep = subset(train.labels, n, args.seed, draw)
-        fitted, scores = _fit_and_score(args, embedder, train.last[keep], train.labels[keep], val, classes)
+        _, fitted, scores = _fit_and_score(args, embedder, train.last[keep], train.labels[keep], val, classes)
         runs.append(scores.summary() | {"c": fitted["c"]})
     names = ("top1", "top5", "mean_per_class")
     mean = {m: float(np.mean([r[m] for r in runs])) for m in names}
