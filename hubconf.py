@@ -39,3 +39,36 @@ dinov2_vits14_reg = _entry("vits14_reg")
 dinov2_vitb14_reg = _entry("vitb14_reg")
 dinov2_vitl14_reg = _entry("vitl14_reg")
 dinov2_vitg14_reg = _entry("vitg14_reg")
+
+
+# --- linear classifiers: dinov2_vit*14[_reg]_lc(layers=1 or 4) -------------------------------------------------------
+
+
+def _linear_classifier(name, *, layers=4, pretrained=True, weights="IMAGENET1K", backbone_weights=None, **settings):
+    try:
+        from opendino.heads.hub import linear_classifier
+    except ImportError:  # a clone that is not installed
+        sys.path.insert(0, str(Path(__file__).parent / "src"))
+        from opendino.heads.hub import linear_classifier
+    return linear_classifier(
+        name, layers, pretrained=pretrained, weights=weights, backbone_weights=backbone_weights, **settings
+    )
+
+
+def _classifier_entry(name):
+    entry = partial(_linear_classifier, name)
+    entry.__doc__ = (
+        f"DINOv2 {name} with its ImageNet-1k linear classifier on 1 or 4 layers: images (B, 3, H, W) to logits "
+        "(B, 1000). `weights` is the head's file, `backbone_weights` the backbone's; by default the released ones."
+    )
+    return entry
+
+
+dinov2_vits14_lc = _classifier_entry("vits14")
+dinov2_vitb14_lc = _classifier_entry("vitb14")
+dinov2_vitl14_lc = _classifier_entry("vitl14")
+dinov2_vitg14_lc = _classifier_entry("vitg14")
+dinov2_vits14_reg_lc = _classifier_entry("vits14_reg")
+dinov2_vitb14_reg_lc = _classifier_entry("vitb14_reg")
+dinov2_vitl14_reg_lc = _classifier_entry("vitl14_reg")
+dinov2_vitg14_reg_lc = _classifier_entry("vitg14_reg")

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from opendino._version import __version__
 
 if TYPE_CHECKING:
+    from opendino import heads
     from opendino.embed.embedder import Embedder
     from opendino.models.registry import list_models
     from opendino.models.weights import load
 
-__all__ = ["Embedder", "__version__", "list_models", "load"]
+__all__ = ["Embedder", "__version__", "heads", "list_models", "load"]
 
 _HOMES = {
     "load": "opendino.models.weights",
@@ -28,8 +29,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'opendino' has no attribute {name!r}")
     import importlib
 
+    if name == "heads":
+        return importlib.import_module("opendino.heads")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'opendino' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

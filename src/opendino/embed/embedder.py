@@ -211,6 +211,11 @@ class Embedder:
             [r.path for r in batch], [r.sha256 for r in batch], [r.error for r in batch],
         )  # fmt: skip
 
+    def pooled(self, images: Tensor) -> Tensor:
+        """Embed preprocessed images as (B, (L + 1)·D): cls tokens of L blocks, then the last mean patch token."""
+        tokens, regs, dim = self._tokens(images), self.model.config.num_register_tokens, self.model.config.embed_dim
+        return torch.cat([tokens[:, 0], tokens[:, 1 + regs :, -dim:].mean(1)], 1)
+
     @torch.inference_mode()
     def _tokens(self, images: Tensor) -> Tensor:
         """Give the normalised tokens of the last `layers` blocks, (B, 1 + R + P, L·D) fp32."""

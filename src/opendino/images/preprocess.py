@@ -67,7 +67,10 @@ class Preprocess:
 
     def of_file(self, pixels: Tensor) -> Tensor:
         """Give float32 (C, height, width) from what `read_image` gives: (C, H, W), uint8 or float32, 0–255."""
-        fitted = {"crop": self._crop, "resize": self._resize, "pad": self._pad}[self.fit](pixels)
+        return self.normalise({"crop": self._crop, "resize": self._resize, "pad": self._pad}[self.fit](pixels))
+
+    def normalise(self, fitted: Tensor) -> Tensor:
+        """Give float32 from pixels 0–255 that have their size, by the spec's mean and std."""
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
         return (fitted.float().clamp(0, 255) / 255 - mean) / std  # floats overshoot where they are resized
 
