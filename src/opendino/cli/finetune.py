@@ -258,7 +258,7 @@ def _result(run: Run, probe: Probe, weights: int, unreadable: int) -> dict[str, 
         "task": task.name, "metric": task.metric, "mode": run.settings.mode,
         "probe": {"score": probe.score, "chosen": probe.chosen},
         "best": {"score": best, "epoch": run.best["epoch"]}, "gain": best - probe.score,
-        "beats_probe": best > probe.score, "standard_error": error, "epochs": run.history,
+        "beats_probe": best - probe.score > 1e-9, "standard_error": error, "epochs": run.history,
         "num_train": task.num_train, "num_val": task.num_val, "trainable": weights, "unreadable": unreadable,
         "out": str(run.folder),
     }  # fmt: skip

@@ -113,7 +113,7 @@ def fit_shares(x: Tensor, shares: Tensor, ridge: float, steps: int = 200) -> tup
     weight = torch.zeros(shares.shape[1], x.shape[1], dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(shares.shape[1], dtype=x.dtype, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=steps, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
@@ -131,7 +131,7 @@ def _share_loss(logits: Tensor, shares: Tensor) -> Tensor:
     return -(shares * F.log_softmax(logits, dim=1)).sum() / shares.sum()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _patches(
     model: VisionTransformer,
     task: Segmentation,

@@ -203,8 +203,8 @@ def _restore(run: Run) -> None:
     path = run.folder / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} cannot be read: {error}. Delete it to begin the run again.") from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}). Delete it to begin the run again.") from error
     _put(run, state["weights"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.history, run.best, run.losses = state["step"], state["history"], state["best"], state["losses"]
