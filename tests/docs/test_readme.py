@@ -28,8 +28,8 @@ def commands():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/, a
-    run, a published file, two pictures."""
+    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/,
+    tables, rooms/ with masks, a run, a published file, two pictures."""
     root = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
         Image.fromarray(field).resize((64, 48), Image.Resampling.BICUBIC).save(root / name)
     save_other_sources(root)
     save_tables(root)
+    save_masks(root / "rooms")
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -73,6 +74,19 @@ def save_tables(root):
         ("predicted", "image,label,prediction,region,x"),
     ):
         (root / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
+
+
+def save_masks(root):
+    """Images with masks, for the page about fine-tuning."""
+    for split in ("train", "val"):
+        for part in ("images", "masks"):
+            (root / part / split).mkdir(parents=True)
+        for i in range(2):
+            mask = np.zeros((48, 64), np.uint8)
+            mask[:, 20 * (i + 1) :] = 1
+            Image.fromarray(mask).save(root / "masks" / split / f"{i}.png")
+            Image.fromarray(np.stack([mask * 200] * 3, axis=-1)).save(root / "images" / split / f"{i}.png")
+    (root / "classes.txt").write_text("floor\nwall\n")
 
 
 @pytest.mark.parametrize("words", commands())
