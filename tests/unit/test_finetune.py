@@ -19,6 +19,7 @@ from opendino.finetune.adapters import merge_lora, parameter_groups, prepare, tr
 from opendino.finetune.augment import Cut, cut_image, cut_mask, draw_cut
 from opendino.finetune.probe import class_shares, fit_shares, probe_classes, probe_pixels
 from opendino.finetune.settings import FLOOR, FinetuneSettings, learning_rate
+from opendino.finetune.storage import read_linear, write_head
 from opendino.finetune.tasks import Classification, Segmentation, confusion, mean_iou
 from opendino.finetune.trainer import open_run, train, write_result
 from opendino.images.preprocess import Preprocess
@@ -382,10 +383,10 @@ def test_a_killed_run_goes_on_bit_for_bit(stripes, tmp_path, settings, kill_at):
     train(resumed)
     assert resumed.history == whole.history
     for run, name in ((whole, "whole"), (resumed, "parts")):
-        write_result(run, "tiny")
+        write_result(run)
         assert json.loads((tmp_path / name / "finetune.json").read_text())["epochs"] == whole.history
     for file in ("weights/backbone.safetensors", "head.safetensors"):
-        a, b = (load_file(tmp_path / name / file) for name in ("whole", "parts"))
+        a, b = (load_file(tmp_path / folder / file) for folder in ("whole", "parts"))
         assert all(torch.equal(a[key], b[key]) for key in a.keys() | b.keys())
     again = start(stripes, tmp_path / "parts", **settings)
     assert again.step == again.total_steps
@@ -414,7 +415,7 @@ def test_what_is_frozen_stays_and_what_trains_learns(stripes, tmp_path):
     assert full.best["score"] == max(e["score"] for e in full.history) > 80
     scores = [e["score"] for e in full.history]
     assert full.best["epoch"] == scores.index(max(scores)) + 1
-    write_result(full, "tiny")
+    write_result(full)
     tuned, task = opendino.load(tmp_path / "full"), classification(stripes)
     assert task.score(tuned, full.head, 4) == full.best["score"]  # the best epoch's weights, not the last's
 
@@ -474,6 +475,18 @@ def test_command_leaves_out_what_cannot_be_read_and_counts_it(stripes, tmp_path,
     assert (got["num_train"], got["num_val"], got["unreadable"]) == (9, 6, 1)
 
 
+def test_a_head_of_pixels_has_the_published_layout_and_gives_the_same_logits(tmp_path):
+    task, layer = segmentation(mask_folder(tmp_path)), torch.nn.Linear(16, 2)
+    write_head(tmp_path / "h", backbone(), layer, task, "tiny", FinetuneSettings())
+    tensors = load_file(tmp_path / "h")
+    head = torch.nn.Module()
+    head.bn, head.conv_seg = torch.nn.BatchNorm2d(16), torch.nn.Conv2d(16, 2, 1)
+    head.load_state_dict(tensors)
+    tokens = torch.randn(1, 9, 16)
+    got = head.eval().conv_seg(head.bn(tokens.permute(0, 2, 1).unflatten(2, (3, 3))))
+    torch.testing.assert_close(got.flatten(2).permute(0, 2, 1), layer(tokens), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_command_on_masks(stripes, tmp_path, capsys, mode):
     mask_folder(tmp_path / "sea", n=4)
@@ -481,12 +494,10 @@ def test_command_on_masks(stripes, tmp_path, capsys, mode):
                  capsys=capsys)  # fmt: skip
     assert (got["task"], got["metric"], got["num_train"]) == ("segmentation", "mIoU %", 4)
     assert got["best"]["score"] > got["probe"]["score"] - 15
-    head, described = __import__("opendino.heads.storage", fromlist=["load_head"]).load_head(
-        tmp_path / "out" / "head.safetensors"
-    )
-    assert described["settings"]["classes"] == ["sea", "sand"]
+    weight, bias, described = read_linear(tmp_path / "out" / "head.safetensors")
+    assert (described["kind"], described["settings"]["classes"]) == ("Segmenter", ["sea", "sand"])
     task, layer = segmentation(tmp_path / "sea"), torch.nn.Linear(16, 2)
-    layer.load_state_dict(head)
+    layer.load_state_dict({"weight": weight, "bias": bias})
     assert task.score(opendino.load(tmp_path / "out"), layer, 3) == pytest.approx(got["best"]["score"])
 
 

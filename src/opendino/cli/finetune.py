@@ -113,11 +113,13 @@ def run_finetune(args: FinetuneArgs) -> dict[str, Any]:
     model, task, probe, about = _segmentation(args) if args.masks is not None else _classification(args)
     say(args, f"Score to beat, linear probe on the frozen backbone: {task.metric} {probe.score:.2f}")
     from opendino.finetune.adapters import prepare, trainable
-    from opendino.finetune.trainer import open_run, write_head, write_result
+    from opendino.finetune.storage import write_head
+    from opendino.finetune.trainer import open_run, write_result
 
     head = probe.head()
     args.out.mkdir(parents=True, exist_ok=True)
-    write_head(args.out / "probe.safetensors", model, head, task, args.model, score=probe.score, chosen=probe.chosen)
+    figures = {"score": probe.score, "chosen": probe.chosen}
+    write_head(args.out / "probe.safetensors", model, head, task, args.model, settings, **figures)
     if settings.head_init == "zero":
         for parameter in head.parameters():
             parameter.data.zero_()
@@ -129,7 +131,7 @@ def run_finetune(args: FinetuneArgs) -> dict[str, Any]:
         + (f"; {run.step} are done" if run.step else ""))  # fmt: skip
     _train(args, run, probe)
     result = _result(run, probe, weights, about["unreadable"])
-    write_result(run, f"{args.model}, tuned")
+    write_result(run)
     record = json.loads((args.out / "finetune.json").read_text()) | {"result": result}
     (args.out / "finetune.json").write_text(json.dumps(record, indent=2) + "\n")
     return result
@@ -187,6 +189,10 @@ def _classification(args: FinetuneArgs) -> tuple[VisionTransformer, Task, Probe,
     task = Classification(
         images["train"], train.labels, images["val"], val.labels, classes, embedder.preprocess, embedder.workers
     )
+    task.images = {
+        "size": list(embedder.size) if isinstance(embedder.size, tuple) else embedder.size, "fit": embedder.fit,
+        "input_shape": list(embedder.input_shape), "precision": embedder.precision,
+    }  # fmt: skip
     record = {
         "task": task.name, "backbone_sha256": weights_fingerprint(embedder.model), "classes": classes,
         "num_train": task.num_train, "num_val": task.num_val, "size": list(task.size), "fit": args.fit,

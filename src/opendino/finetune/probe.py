@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from opendino.evaluate.datasets.types import IGNORE
 from opendino.evaluate.plain_logistic import fit_logistic
+from opendino.finetune.storage import read_linear
 from opendino.finetune.tasks import Segmentation, read_pair
-from opendino.heads.storage import check_backbone, load_head
+from opendino.heads.storage import check_backbone
 from opendino.models.vit import VisionTransformer
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
@@ -54,12 +55,12 @@ def saved_probe(path: Path, model: VisionTransformer, num_classes: int) -> Probe
     """Read the probe that an earlier start of the same run wrote; None when there is none for this model."""
     if not path.is_file():
         return None
-    tensors, described = load_head(path)
+    weight, bias, described = read_linear(path)
     check_backbone(model, described["backbone"], str(path))
-    settings = described["settings"]
-    if len(settings["classes"]) != num_classes or "score" not in settings:
+    figures = described["settings"].get("finetune", {})
+    if len(bias) != num_classes or "score" not in figures:
         return None
-    return Probe(tensors["weight"], tensors["bias"], settings["score"], settings["chosen"])
+    return Probe(weight, bias, figures["score"], figures["chosen"])
 
 
 def probe_classes(train_x: Any, train_y: Any, val_x: Any, val_y: Any, num_classes: int) -> Probe:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ class Task(ABC):
         classes: names, in the order of the head's outputs.
         num_train: training images.
         num_val: validation images.
+        images: how images reach the backbone, JSON-able, for the head's file.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Task(ABC):
     ) -> None:
         self.classes, self.num_train, self.num_val = list(classes), num_train, num_val
         self.preprocess, self.workers = preprocess, workers
+        self.images: dict[str, Any] = {}
         self.size = (preprocess.height, preprocess.width)
 
     @abstractmethod

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from opendino.errors import ConfigError, DataError
 from opendino.finetune.adapters import merge_lora, parameter_groups, trainable
 from opendino.finetune.settings import FinetuneSettings, learning_rate
+from opendino.finetune.storage import write_head
 from opendino.finetune.tasks import Task
-from opendino.heads.storage import describe_backbone, save_head
 from opendino.models.files import TUNED_WEIGHTS
 from opendino.models.vit import VisionTransformer
 from opendino.models.weights import save_backbone
@@ -210,22 +210,14 @@ def _restore(run: Run) -> None:
     run.step, run.history, run.best, run.losses = state["step"], state["history"], state["best"], state["losses"]
 
 
-def write_result(run: Run, name: str) -> VisionTransformer:
+def write_result(run: Run) -> VisionTransformer:
     """Write the best epoch's backbone, adapters merged, and its head; gives the merged model, in eval mode."""
     _put(run, run.best["weights"])
     model = merge_lora(run.model).eval()
     (run.folder / TUNED_WEIGHTS).parent.mkdir(exist_ok=True)
     save_backbone(model, run.folder / TUNED_WEIGHTS, extra={"opendino.finetuned": json.dumps(run.settings.as_json())})
-    write_head(run.folder / "head.safetensors", model, run.head, run.task, name)
+    write_head(run.folder / "head.safetensors", model, run.head, run.task, str(run.folder), run.settings)
     return model
-
-
-def write_head(path: Path, model: VisionTransformer, head: nn.Module, task: Task, name: str, **more: float) -> None:
-    """Write a linear head with its classes and a reference to the backbone of its features."""
-    kind = "Linear" if task.name == "classification" else "Segmenter"
-    settings: dict[str, Any] = {"classes": task.classes, "blocks": 1, "mean": False} | more
-    tensors = {key: value.float() for key, value in head.state_dict().items()}
-    save_head(path, kind, tensors, settings, describe_backbone(model, name))
 
 
 def _check_same(record: Path, described: dict[str, Any]) -> None:

@@ -106,7 +106,7 @@ def _read(args: ClassifierArgs, embedder: Embedder, path: Path) -> Classifier:
         raise WeightsError(f"{path} holds a {described['kind']}, which is no linear classifier of images.")
     weight, bias = tensors["weight"].double().numpy(), tensors["bias"].double().numpy()
     names = [str(c) for c in settings.get("classes") or range(len(bias))]
-    blocks, with_mean = int(settings.get("blocks", 1)), bool(settings.get("mean", False))
+    blocks, with_mean = (settings.get("state") or {}).get("kind") or (1, False)  # of a heads.Linear
     width = (blocks + with_mean) * embedder.model.config.embed_dim
     if blocks > embedder.layers or weight.shape != (len(names), width):
         raise WeightsError(
