@@ -455,6 +455,8 @@ def test_command_tunes_and_its_files_work_elsewhere(stripes, tmp_path, capsys):
         args = ["--model", str(model), "--head", str(out / f"{head}.safetensors"), "--test", f"val={stripes / 'val'}"]
         assert evaluate(["robustness", *args, "--cache", "none", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["sets"]["val"]["top1"] == pytest.approx(score)
+        with pytest.raises(ConfigError, match="Give --size and --fit as they were"):
+            evaluate(["robustness", *args, "--size", "42", "--cache", "none"])
 
 
 def test_the_head_begins_as_the_probe(stripes, tmp_path, capsys):

@@ -40,6 +40,10 @@ again with the same settings, it goes on where it stopped."""
 class FinetuneArgs(BackboneArgs):
     """Arguments of `opendino finetune`."""
 
+    batch: int = 32
+    """Images in a training step and in a forward pass."""
+    fit: str = "crop"
+    """How images get their size where they are scored: crop, resize or pad; segmentation always resizes."""
     train: Path | None = None
     """Labelled training images: one folder per class, or a .csv with path,label."""
     val: Path | None = None
