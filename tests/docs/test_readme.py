@@ -30,7 +30,7 @@ def commands():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/,
-    places/, a run, a published file, two pictures."""
+    places/, tables, rooms/ with masks, a run, a published file, two pictures."""
     root = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
     save_other_sources(root)
     save_tables(root)
     save_places(root)
+    save_masks(root / "rooms")
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -82,6 +83,19 @@ def save_places(root):
     queries = [{"query": photos[0], "box": [2, 2, 60, 40], "easy": photos[1:2], "hard": photos[2:3]}]
     (root / "places").mkdir()
     (root / "places" / "retrieval.json").write_text(json.dumps({"gallery": photos, "queries": queries}))
+
+
+def save_masks(root):
+    """Images with masks, for the page about fine-tuning."""
+    for split in ("train", "val"):
+        for part in ("images", "masks"):
+            (root / part / split).mkdir(parents=True)
+        for i in range(2):
+            mask = np.zeros((48, 64), np.uint8)
+            mask[:, 20 * (i + 1) :] = 1
+            Image.fromarray(mask).save(root / "masks" / split / f"{i}.png")
+            Image.fromarray(np.stack([mask * 200] * 3, axis=-1)).save(root / "images" / split / f"{i}.png")
+    (root / "classes.txt").write_text("floor\nwall\n")
 
 
 @pytest.mark.parametrize("words", commands())

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "embed": {"models", "images", "embed"},
     "evaluate": {"models", "images", "evaluate"},
     "heads": {"models", "images", "embed", "evaluate", "heads"},
+    "finetune": {"models", "images", "embed", "evaluate", "heads", "finetune"},
     "views": {"models", "images", "views"},
     "report": {"models", "images", "report"},
     "sample_data": {"models", "images", "sample_data"},

@@ -321,7 +321,7 @@ def test_a_head_file_on_own_sets(imagenet, tmp_path, capsys):
     weight, bias = fit_logistic(both, source.labels, 12, c=100)
     order = list(reversed(range(12)))  # the head's classes are in an order of their own
     tensors = {"weight": torch.tensor(weight[order]), "bias": torch.tensor(bias[order])}
-    settings = {"classes": [WNIDS[c] for c in order], "blocks": 1, "mean": True}
+    settings = {"classes": [WNIDS[c] for c in order], "state": {"kind": [1, True]}}
     save_head(tmp_path / "head.safetensors", "Linear", tensors, settings, describe_backbone(embedder.model, "tiny"))
     (tmp_path / "unknown").symlink_to(imagenet / "r")
     picture(tmp_path / "night" / WNIDS[4] / "a.png", 4, 1)

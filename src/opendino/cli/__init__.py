@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "visualize": ("visualize", "draw what a model sees: pca, attention"),
     "pretrain": ("pretrain", "train a backbone on your images without labels"),
     "resume": ("resume", "continue an interrupted pre-training run"),
+    "finetune": ("finetune", "tune a backbone with labels, against a linear probe on the frozen one"),
     "stats": ("stats", "mean and std of each channel of your images, for a recipe"),
     "demo": ("demo", "pre-train a small model on real photographs and write a report"),
     "plan": ("plan", "what a run will take: memory, hours, energy"),

@@ -20,9 +20,10 @@ from opendino.errors import WeightsError
 from opendino.models.registry import MODELS, ModelEntry
 
 RUN_WEIGHTS = Path("weights") / "teacher.safetensors"
+TUNED_WEIGHTS = Path("weights") / "backbone.safetensors"
 DESCRIBED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 """Files that a config.json beside them belongs to."""
-FOLDER_FILES = (str(RUN_WEIGHTS), *DESCRIBED, "teacher_checkpoint.pth")
+FOLDER_FILES = (str(RUN_WEIGHTS), str(TUNED_WEIGHTS), *DESCRIBED, "teacher_checkpoint.pth")
 LEFTOVERS = "opendino.leftovers"
 
 

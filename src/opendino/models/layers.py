@@ -64,9 +64,15 @@ def scaled_linear(x: Tensor, linear: nn.Linear, scale: nn.Module | None) -> Tens
     """Give scale(linear(x)), scale being a LayerScale, the identity or None.
 
     In training the factors go into the weights, exactly: γ·(W·x + b) = (γW)·x + γb. That saves three passes over the
-    tokens and keeps no branch output for the backward pass. Not in fp16, which cannot hold 1e-5·W.
+    tokens and keeps no branch output for the backward pass. Not in fp16, which cannot hold 1e-5·W, nor where a layer
+    with more than W takes the linear one's place (LoRA): its `weight` is not all that it adds.
     """
-    if linear.training and isinstance(scale, LayerScale) and not _in_fp16(linear.weight):
+    if (
+        linear.training
+        and isinstance(linear, nn.Linear)
+        and isinstance(scale, LayerScale)
+        and not _in_fp16(linear.weight)
+    ):
         bias = None if linear.bias is None else linear.bias * scale.gamma
         return F.linear(x, linear.weight * scale.gamma.unsqueeze(1), bias)
     out: Tensor = linear(x)

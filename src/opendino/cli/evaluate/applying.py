@@ -102,11 +102,17 @@ def _read(args: ClassifierArgs, embedder: Embedder, path: Path) -> Classifier:
     tensors, described = load_head(path)
     check_backbone(embedder.model, described["backbone"], str(path))
     settings = described["settings"]
+    images, now = settings.get("images"), (list(embedder.input_shape), embedder.fit)
+    if images and (images["input_shape"], images["fit"]) != now:
+        raise ConfigError(
+            f"{path} was fitted on images of {images['input_shape']} (channels, height, width), fit {images['fit']}; "
+            f"now they are {now[0]}, fit {now[1]}. Give --size and --fit as they were."
+        )
     if not {"weight", "bias"} <= set(tensors) or tensors["weight"].ndim != 2:
         raise WeightsError(f"{path} holds a {described['kind']}, which is no linear classifier of images.")
     weight, bias = tensors["weight"].double().numpy(), tensors["bias"].double().numpy()
     names = [str(c) for c in settings.get("classes") or range(len(bias))]
-    blocks, with_mean = int(settings.get("blocks", 1)), bool(settings.get("mean", False))
+    blocks, with_mean = (settings.get("state") or {}).get("kind") or (1, False)  # of a heads.Linear
     width = (blocks + with_mean) * embedder.model.config.embed_dim
     if blocks > embedder.layers or weight.shape != (len(names), width):
         raise WeightsError(

@@ -114,7 +114,7 @@ def _wanted(args: RobustnessArgs) -> dict[str, Callable[[Sequence[str]], Labelle
         v2 = args.v2
         sets["V2"] = lambda classes: open_indexed(v2, classes)
     own = dict(_name_and_path(text) for text in args.test)
-    if len(own) < len(args.test) or set(own) & {"val", "ReaL", "V2", "A", "R", "Sketch"}:
+    if len(own) < len(args.test) or set(own) & (set(sets) | {"A", "R", "Sketch"}):
         raise ConfigError("Two sets have the same name; give each --test another one, and none that ImageNet's have.")
     named = [("A", args.a, True), ("R", args.r, True), ("Sketch", args.sketch, False)]
     named += [(name, path, args.restrict) for name, path in own.items()]
