@@ -110,6 +110,15 @@ def test_windows_cover_the_side_and_end_at_the_border(side, crop, stride, starts
     assert all(b[3] - b[1] == min(crop, side) and b[:1] + b[2:3] == (0, 10) for b in boxes)
 
 
+def test_windows_of_the_mirrored_image_are_those_of_an_image_mirrored_beforehand():
+    image = picture(10, 61)
+    windows = Views(crop=24, stride=17, flip=True).windows(10, 61)
+    plain = [cut(image.flip(-1), box) for box, flip in windows if not flip]
+    mirrored = [cut(image, box, flip) for box, flip in windows if flip]
+    assert len(plain) == len(mirrored) == 4
+    assert all(torch.equal(p, m) for p, m in zip(plain, mirrored, strict=True))
+
+
 def test_resizing_keeps_the_aspect_ratio_on_the_shorter_side():
     views = Views(size=512)
     assert views.resized(480, 640) == (512, 683)
@@ -126,16 +135,17 @@ def test_resizing_is_bilinear_without_antialiasing():
 
 
 def test_a_token_set_holds_every_window_in_half_precision(model, tmp_path):
-    pictures = Pictures([picture(28, 40), picture(60, 56, 1), "damaged"])
+    pictures = Pictures([picture(28, 40), picture(56, 56, 1), "damaged"])
     views = Views(size=28, crop=28, stride=14, flip=True)
     told = []
     tokens = TokenSet(model, pictures, (1, 2), views, tmp_path, batch_size=3)
     tokens.compute(lambda *numbers: told.append(numbers))
     assert told[-1] == (3, 1, 3)
     assert tokens.errors == {2: "damaged"}
-    assert [v.image for v in tokens.views] == [0] * 4 + [1] * 4
-    assert [v.flip for v in tokens.views] == [False, True] * 4
-    patches, cls = tokens.tokens([2, 3])
+    assert [v.image for v in tokens.views] == [0] * 4 + [1] * 2
+    assert [v.flip for v in tokens.views] == [False, False, True, True, False, True]
+    assert [v.box[1] for v in tokens.views] == [0, 12, 12, 0, 0, 0]
+    patches, cls = tokens.tokens([1, 2])
     whole = normalized(resize_pixels(pictures.images[0], (28, 40)), model)
     inputs = torch.stack([whole[..., 12:40], whole[..., 12:40].flip(-1)])
     with frozen(model):
@@ -143,7 +153,7 @@ def test_a_token_set_holds_every_window_in_half_precision(model, tmp_path):
     torch.testing.assert_close(patches, torch.cat(expected, 1), atol=4e-3, rtol=0)
     torch.testing.assert_close(cls, torch.cat(expected_cls, 1), atol=4e-3, rtol=0)
     mask = torch.arange(28 * 40).reshape(28, 40)
-    assert torch.equal(cut(mask, tokens.views[3]), mask[:, 12:].flip(-1))
+    assert torch.equal(cut(mask, tokens.views[2].box, True), mask[:, 12:].flip(-1))
 
 
 def test_tokens_are_computed_once_and_shared_by_content(model, tmp_path, monkeypatch):
