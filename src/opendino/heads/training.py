@@ -22,6 +22,7 @@ OnStep = Callable[[int, int, float], None]
 """Called with steps done, steps in all, and the loss of the last one."""
 WARMUP_START = 1e-6
 SAVE_EVERY = 200
+"""Steps between two saved states."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,6 @@ def train_head(
     *,
     state: str | Path | None = None,
     key: str = "",
-    save_every: int = SAVE_EVERY,
     on_step: OnStep | None = None,
 ) -> list[float]:
     """Train a head in place.
@@ -102,9 +102,8 @@ def train_head(
         head: in training mode after the call too.
         loss_of: step → loss; a function of the step and the head's weights alone.
         training: the schedule.
-        state: file to save to every `save_every` steps, written aside and renamed, and to go on from.
+        state: file to save to every SAVE_EVERY steps, written aside and renamed, and to go on from.
         key: what the run is (`fingerprint`); another one in the file is refused.
-        save_every: steps.
         on_step: told about progress.
 
     Returns:
@@ -134,7 +133,7 @@ def train_head(
                 f"The loss of step {step} is {losses[-1]}. Lower the learning rate of {training.learning_rate}, or "
                 "look for features that are not finite."
             )
-        if path is not None and ((step + 1) % save_every == 0 or step + 1 == training.steps):
+        if path is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == training.steps):
             _save(path, key, head, optimizer, losses)
         if on_step is not None:
             on_step(step + 1, training.steps, losses[-1])
