@@ -227,7 +227,7 @@ class Segmenter:
             data: a SegmentationSet, or images: paths, PIL images or uint8 arrays (H, W, C).
             masks: with images: paths or integer arrays (H, W) of class indices, 255 where a pixel does not count.
             classes: with images: names.
-            state: file from which a killed training goes on.
+            state: file from which a killed training goes on; default: one in the cache, if there is a cache.
             on_progress: told about progress.
 
         Raises:
@@ -253,9 +253,12 @@ class Segmenter:
             self.errors = samples.errors
         head = SegmentationHead(len(self.blocks) * self.model.embed_dim, len(given.classes), self.training.seed)
         head = head.to(self.model.cls_token.device)
+        key = fingerprint(samples.key, weights_fingerprint(self.model), self._settings(), list(given.classes))
+        if state is None and self.cache is not None:
+            kept = fingerprint(key, asdict(self.training))
+            state = Path(self.cache).expanduser() / "heads" / f"{kept[:24]}.pt"
         self.losses = train_head(
-            head, lambda step: samples.loss(head, step), self.training, state=state,
-            key=fingerprint(samples.key, weights_fingerprint(self.model), self._settings()),
+            head, lambda step: samples.loss(head, step), self.training, state=state, key=key,
             on_step=lambda done, total, loss: tell("train", done, total, f"loss {loss:.3f}"),
         )  # fmt: skip
         head.silence(windows.pixels == 0)
@@ -330,7 +333,7 @@ class Segmenter:
         Args:
             path: of the file.
             backbone: default: load the one that the file names.
-            settings: cache, batch_size, precision, workers, scales or flip, as for a new Segmenter.
+            settings: cache, batch_size, precision, workers, size, scales or flip, as for a new Segmenter.
 
         Raises:
             WeightsError: for a damaged file, another kind of head, or another backbone.
@@ -339,10 +342,11 @@ class Segmenter:
         saved, reference = described["settings"], described["backbone"]
         model = _load(reference["name"] if backbone is None else backbone)
         check_backbone(model, reference, str(path))
+        settings.setdefault("name", reference["name"])
         made = cls(
             model, _protocol_from(saved["protocol"]), training=Training(**saved["training"]),
             features=saved["features"], mirror=saved["mirror"], loss_scale=saved["loss_scale"],
-            name=reference["name"], **settings,
+            **settings,
         )  # fmt: skip
         head = SegmentationHead(tensors["bn.weight"].shape[0], len(saved["classes"]))
         head.load_state_dict(tensors)
