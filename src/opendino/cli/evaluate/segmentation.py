@@ -153,7 +153,7 @@ def stage_bars() -> Iterator[OnProgress]:
 
         def tell(stage: str, done: int, total: int, note: str) -> None:
             nonlocal last
-            if stage != last and (stage not in tasks or done == 1):
+            if stage != last:
                 tasks[stage] = bar.add_task(names.get(stage, stage), total=total, note="")
             last = stage
             bar.update(tasks[stage], completed=done, total=total, note=note)
@@ -196,9 +196,7 @@ def _fresh(args: SegmentationArgs) -> Segmenter:
     from opendino.heads.segmentation import Segmenter
     from opendino.heads.training import Training
 
-    training = Training(
-        args.steps, args.train_batch, args.learning_rate, args.weight_decay, seed=args.seed
-    )  # fmt: skip
+    training = Training(args.steps, args.train_batch, args.learning_rate, args.weight_decay, seed=args.seed)
     return Segmenter(
         _model(args), args.protocol, blocks=args.blocks, training=training, features=args.features,  # type: ignore[arg-type]
         mirror=args.mirror, **_settings(args),
@@ -266,11 +264,11 @@ def _by_class(classes: list[str], values: Any) -> dict[str, float | None]:
 
 def _class_remarks(result: dict[str, Any]) -> list[str]:
     told = {
-        "untrained_classes": "have no training pixel: they are never predicted and count as 0",
-        "only_predicted_classes": "are predicted and not in the validation masks: they count as 0",
-        "absent_classes": "are neither in the validation masks nor predicted: they are left out of the mean",
+        "untrained_classes": "Without a training pixel, so never predicted and counted as 0",
+        "only_predicted_classes": "Predicted but not in the validation masks, so counted as 0",
+        "absent_classes": "Neither in the validation masks nor predicted, so left out of the mean",
     }
-    return [f"{len(result[k])} classes {what}: {', '.join(result[k][:10])}." for k, what in told.items() if result[k]]
+    return [f"{what}: {', '.join(result[k])}." for k, what in told.items() if result[k]]
 
 
 def _write_page(
@@ -287,6 +285,11 @@ def _write_page(
     scores = found.scores
     share = 100 * scores.pixels / scores.pixels.sum()
     rows = zip(val.classes, scores.iou, scores.accuracy, share, strict=True)
+    with stage_bars() as tell:
+        examples = {}
+        for done, place in enumerate([*worst, *others], 1):
+            examples[place] = _example(made, found, val, place)
+            tell("pictures", done, len(worst) + len(others), "")
     segmentation_page(
         path,
         f"Segmentation of {args.data.name} with {args.model}",
@@ -295,8 +298,8 @@ def _write_page(
         + [("validation images", str(result["num_val"]))],
         per_class=[(c, _cell(iou), _cell(accuracy), f"{part:.2f}") for c, iou, accuracy, part in rows],
         confusions=worst_confusions(scores.matrix, val.classes, 15),
-        worst=[_example(made, found, val, i) for i in worst],
-        others=[_example(made, found, val, i) for i in others],
+        worst=[examples[i] for i in worst],
+        others=[examples[i] for i in others],
         remarks=remarks,
         about=[_about(made)],
     )
