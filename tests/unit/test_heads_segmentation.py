@@ -10,7 +10,8 @@ from PIL import Image
 from opendino.errors import ConfigError, DataError, WeightsError
 from opendino.evaluate.datasets.folders import open_folder_masks
 from opendino.heads.augment import Augmentation, distort, resize_mask, saturate
-from opendino.heads.segmentation import PROTOCOLS, Protocol, SegmentationHead, Segmenter, changed
+from opendino.heads.segmentation import Segmenter
+from opendino.heads.segmentation_head import PROTOCOLS, Protocol, SegmentationHead, changed
 from opendino.heads.segmentation_samples import GivenMasks, pixel_loss
 from opendino.heads.training import Training, draw_rows
 from opendino.models.config import ViTConfig

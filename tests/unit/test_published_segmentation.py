@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from opendino.errors import WeightsError
 from opendino.heads.published_segmentation import ADE20K, VOC2012, load_published
-from opendino.heads.segmentation import PROTOCOLS, Segmenter
+from opendino.heads.segmentation import Segmenter
+from opendino.heads.segmentation_head import PROTOCOLS
 from opendino.models.config import ViTConfig
 from opendino.models.vit import VisionTransformer
 

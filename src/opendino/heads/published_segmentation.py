@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from opendino.errors import WeightsError
-from opendino.heads.segmentation import SegmentationHead, Segmenter
+from opendino.heads.segmentation import Segmenter
+from opendino.heads.segmentation_head import SegmentationHead
 from opendino.models.files import read_weights
 from opendino.models.registry import MODELS
 from opendino.models.vit import VisionTransformer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opendino.embed.cache import FeatureStore
 from opendino.embed.resume import weights_fingerprint
@@ -24,6 +24,7 @@ from opendino.errors import ConfigError, DataError
 from opendino.evaluate.datasets.types import SegmentationSet
 from opendino.evaluate.segmentation import Counts, PixelConfusion, SegmentationScores, scores_of
 from opendino.heads.augment import Augmentation
+from opendino.heads.segmentation_head import Protocol, SegmentationHead, changed, named, protocol_from
 from opendino.heads.segmentation_samples import (
     AugmentedSamples,
     CachedSamples,
@@ -42,83 +43,7 @@ OnProgress = Callable[[str, int, int, str], None]
 """Called with the stage ("masks", "tokens", "train", "score"), what is done, what there is in all, and a remark."""
 LOSS_SCALE = 4
 """Finer than the patches and not the image: as good and a tenth of the time (docs/evaluation-segmentation.md)."""
-NEVER = -1e4
-"""Logit of a class that is not to be predicted; finite, because resizing multiplies by 0."""
 KEEP_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How images are fed to the head.
-
-    Attributes:
-        blocks: last blocks whose patch tokens are concatenated.
-        size: shorter side of an image at scale 1, pixels.
-        crop: side of the windows.
-        stride: pixels from window to window.
-        scales: factors on `size` whose probabilities are averaged.
-        flip: also average the mirrored image.
-        ratios: range of the random factor on `size` in augmented training.
-    """
-
-    blocks: int = 1
-    size: int = 512
-    crop: int = 512
-    stride: int = 341
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    ratios: tuple[float, float] = (0.5, 2.0)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.crop <= self.size or not 0 < self.stride <= self.crop:
-            raise ConfigError(
-                f"size is {self.size}, crop {self.crop} and stride {self.stride}; a window must fit into the shorter "
-                "side and windows must not leave gaps: stride ≤ crop ≤ size."
-            )
-        if not self.scales or min(self.scales) <= 0:
-            raise ConfigError(f"scales is {self.scales}; give one or more factors above 0.")
-
-    def views(self, scale: float = 1.0, flip: bool | None = None) -> Views:
-        """Give the windows of images at one scale."""
-        return Views(int(self.size * scale), self.crop, self.stride, self.flip if flip is None else flip)
-
-
-PROTOCOLS = {
-    "linear": Protocol(),
-    "ms": Protocol(4, 640, 640, 320, (1.0, 1.32, 1.73, 2.28, 3.0), True, (1.0, 3.0)),
-}
-"""The published settings of "linear" and "+ms" (DINOv2 §7.4, Meta's head configurations)."""
-
-
-class SegmentationHead(nn.Module):
-    """BatchNorm over channels, then a 1×1 convolution to class logits; tensors are named as in Meta's files.
-
-    Args:
-        width: L·D.
-        num_classes: C.
-        seed: of the first weights: normal, std 0.01; biases 0.
-    """
-
-    def __init__(self, width: int, num_classes: int, seed: int = 0) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(width)
-        self.conv_seg = nn.Conv2d(width, num_classes, 1)
-        with torch.no_grad():
-            self.conv_seg.weight.normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
-            self.conv_seg.bias.zero_()  # type: ignore[union-attr]
-
-    @torch.no_grad()
-    def silence(self, classes: npt.NDArray[np.bool_]) -> None:
-        """Let classes never be predicted; those without a training pixel would have arbitrary logits elsewhere."""
-        which = torch.from_numpy(classes).to(self.conv_seg.weight.device)
-        self.conv_seg.weight[which] = 0
-        assert self.conv_seg.bias is not None
-        self.conv_seg.bias[which] = NEVER
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Turn patch tokens (B, L·D, h, w) into logits (B, C, h, w)."""
-        out: Tensor = self.conv_seg(self.bn(tokens))
-        return out
 
 
 @dataclass(frozen=True)
@@ -197,7 +122,7 @@ class Segmenter:
     ) -> None:
         self.model = _load(backbone)
         self.name = name or (str(backbone) if not isinstance(backbone, VisionTransformer) else "a model in memory")
-        self.protocol = changed(_named(protocol), blocks=blocks, size=size, scales=scales, flip=flip)
+        self.protocol = changed(named(protocol), blocks=blocks, size=size, scales=scales, flip=flip)
         self.training = training or Training()
         if features not in ("cached", "augmented"):
             raise ConfigError(f"features is {features!r}; it must be cached or augmented.")
@@ -344,7 +269,7 @@ class Segmenter:
         check_backbone(model, reference, str(path))
         settings.setdefault("name", reference["name"])
         made = cls(
-            model, _protocol_from(saved["protocol"]), training=Training(**saved["training"]),
+            model, protocol_from(saved["protocol"]), training=Training(**saved["training"]),
             features=saved["features"], mirror=saved["mirror"], loss_scale=saved["loss_scale"],
             **settings,
         )  # fmt: skip
@@ -439,33 +364,6 @@ class Segmenter:
             "device": self.model.cls_token.device.type,
         }
         return FeatureStore(self.cache, settings, len(self.classes) ** 2, np.int32)
-
-
-def changed(
-    protocol: Protocol, *, blocks: int | None = None, size: int | None = None, scales: Sequence[float] | None = None,
-    flip: bool | None = None,
-) -> Protocol:  # fmt: skip
-    """Give a protocol with some settings replaced; crop and stride follow the size in proportion."""
-    changes: dict[str, Any] = {}
-    if size is not None:
-        crop = round(size * protocol.crop / protocol.size)
-        changes = {"size": size, "crop": crop, "stride": max(int(crop * protocol.stride / protocol.crop), 1)}
-    given: dict[str, Any] = {"blocks": blocks, "scales": None if scales is None else tuple(scales), "flip": flip}
-    changes |= {name: value for name, value in given.items() if value is not None}
-    return replace(protocol, **changes)
-
-
-def _named(protocol: str | Protocol) -> Protocol:
-    if isinstance(protocol, Protocol):
-        return protocol
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"protocol is {protocol!r}; it must be {' or '.join(PROTOCOLS)}.")
-    return PROTOCOLS[protocol]
-
-
-def _protocol_from(saved: dict[str, Any]) -> Protocol:
-    low, high = saved["ratios"]
-    return Protocol(**saved | {"scales": tuple(saved["scales"]), "ratios": (low, high)})
 
 
 def _load(backbone: VisionTransformer | str | Path) -> VisionTransformer:
