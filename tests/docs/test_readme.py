@@ -28,8 +28,8 @@ def commands():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/, a
-    run, a published file, two pictures."""
+    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/,
+    scenes/ with masks, a run, a published file, two pictures."""
     root = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
         field = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(field).resize((64, 48), Image.Resampling.BICUBIC).save(root / name)
     save_other_sources(root)
+    save_scenes(root / "scenes")
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -48,6 +49,17 @@ def folder(tmp_path_factory):
     model = opendino.load("vits14", weights="random")
     torch.save(model.state_dict(), root / "dinov2_vits14_pretrain.pth")
     return root
+
+
+def save_scenes(root):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i in range(2):
+            mask = rng.integers(0, 3, (4, 6), dtype=np.uint8).repeat(12, 0).repeat(12, 1)
+            for name, pixels in (("images", np.stack([90 * mask] * 3, -1)), ("masks", mask)):
+                (root / name / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / name / split / f"{i}.png")
+    (root / "classes.txt").write_text("wall\nfloor\nlamp\n")
 
 
 def save_other_sources(root):

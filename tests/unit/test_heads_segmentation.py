@@ -267,6 +267,22 @@ def test_mirrored_images_double_the_samples(model, pictures):
     assert ("train", 30, 30) in found
 
 
+def test_balance_is_a_shift_of_the_bias_by_the_log_of_the_shares(model, pictures):
+    images, masks = pictures
+    names = ["red", "blue", "green", "nowhere"]
+    plain = segmenter(model).fit(images, masks, classes=names)
+    made = segmenter(model, balance=0.5).fit(images, masks, classes=names)
+    counts = np.bincount(np.ravel(masks))
+    expected = plain.head.conv_seg.bias.detach()[:3] - 0.5 * torch.tensor(np.log(counts / counts.sum()))
+    torch.testing.assert_close(made.head.conv_seg.bias.detach()[:3], expected.float())
+    assert torch.equal(made.head.conv_seg.weight, plain.head.conv_seg.weight)
+    found, before = np.ravel(made.predict(images)), np.ravel(plain.predict(images))
+    assert (found == 0).sum() < (before == 0).sum()
+    assert not (found == 3).any()
+    with pytest.raises(ConfigError, match="balance is 2"):
+        segmenter(model, balance=2)
+
+
 # --- augmentation ----------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +373,7 @@ def test_published_protocols():
 
 
 def test_saved_heads_come_back(model, pictures, tmp_path):
-    made = segmenter(model, blocks=2, mirror=True).fit(*pictures, classes=["red", "blue", "green"])
+    made = segmenter(model, blocks=2, mirror=True, balance=0.3).fit(*pictures, classes=["red", "blue", "green"])
     made.save(tmp_path / "head.safetensors")
     back = Segmenter.load(tmp_path / "head.safetensors", model)
     assert back.classes == ("red", "blue", "green")

@@ -90,6 +90,21 @@ class SegmentationHead(nn.Module):
         assert self.conv_seg.bias is not None
         self.conv_seg.bias[which] = NEVER
 
+    @torch.no_grad()
+    def balance(self, pixels: npt.NDArray[np.int64], strength: float) -> None:
+        """Take `strength` times the log of each class's share of the training pixels from its logit.
+
+        0 is the published head, which maximises pixel accuracy; 1 treats all classes as equally frequent (logit
+        adjustment, Menon et al. 2021).
+
+        Args:
+            pixels: (C,) training pixels of each class; classes without any keep their logit.
+            strength: 0 to 1.
+        """
+        shares = np.where(pixels > 0, pixels / max(int(pixels.sum()), 1), 1.0)
+        assert self.conv_seg.bias is not None
+        self.conv_seg.bias -= strength * torch.from_numpy(shares).log().to(self.conv_seg.bias)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Turn patch tokens (B, L·D, h, w) into logits (B, C, h, w)."""
         out: Tensor = self.conv_seg(self.bn(tokens))

@@ -68,6 +68,8 @@ class SegmentationArgs(BackboneArgs):
     """Of AdamW."""
     weight_decay: float = 1e-4
     """Of AdamW."""
+    balance: float = 0.0
+    """0: the published head. 0.25 to 0.5 favours rare classes, as mIoU does (docs/evaluation-segmentation.md)."""
     seed: int = 0
     """Of the order, the augmentation and the first weights."""
     save_head: Path | None = None
@@ -199,7 +201,7 @@ def _fresh(args: SegmentationArgs) -> Segmenter:
     training = Training(args.steps, args.train_batch, args.learning_rate, args.weight_decay, seed=args.seed)
     return Segmenter(
         _model(args), args.protocol, blocks=args.blocks, training=training, features=args.features,  # type: ignore[arg-type]
-        mirror=args.mirror, **_settings(args),
+        mirror=args.mirror, balance=args.balance, **_settings(args),
     )  # fmt: skip
 
 
@@ -254,7 +256,7 @@ def _figures(made: Segmenter, found: Evaluation, val: SegmentationSet) -> dict[s
         "num_val": len(found.images),
         "num_classes": len(classes),
         "protocol": asdict(made.protocol),
-        "training": asdict(made.training) | {"features": made.features, "mirror": made.mirror},
+        "training": asdict(made.training) | {"features": made.features, "mirror": made.mirror, "balance": made.balance},
     }
 
 
