@@ -30,7 +30,7 @@ def commands():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/,
-    places/, tables, rooms/ with masks, a run, a published file, two pictures."""
+    places/, tables, rooms/ and scenes/ with masks, a run, a published file, two pictures."""
     root = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
@@ -42,7 +42,8 @@ def folder(tmp_path_factory):
     save_other_sources(root)
     save_tables(root)
     save_places(root)
-    save_masks(root / "rooms")
+    save_scenes(root / "rooms")
+    save_scenes(root / "scenes")
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -52,6 +53,17 @@ def folder(tmp_path_factory):
     model = opendino.load("vits14", weights="random")
     torch.save(model.state_dict(), root / "dinov2_vits14_pretrain.pth")
     return root
+
+
+def save_scenes(root):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i in range(2):
+            mask = rng.integers(0, 3, (4, 6), dtype=np.uint8).repeat(12, 0).repeat(12, 1)
+            for name, pixels in (("images", np.stack([90 * mask] * 3, -1)), ("masks", mask)):
+                (root / name / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / name / split / f"{i}.png")
+    (root / "classes.txt").write_text("wall\nfloor\nlamp\n")
 
 
 def save_other_sources(root):
@@ -83,19 +95,6 @@ def save_places(root):
     queries = [{"query": photos[0], "box": [2, 2, 60, 40], "easy": photos[1:2], "hard": photos[2:3]}]
     (root / "places").mkdir()
     (root / "places" / "retrieval.json").write_text(json.dumps({"gallery": photos, "queries": queries}))
-
-
-def save_masks(root):
-    """Images with masks, for the page about fine-tuning."""
-    for split in ("train", "val"):
-        for part in ("images", "masks"):
-            (root / part / split).mkdir(parents=True)
-        for i in range(2):
-            mask = np.zeros((48, 64), np.uint8)
-            mask[:, 20 * (i + 1) :] = 1
-            Image.fromarray(mask).save(root / "masks" / split / f"{i}.png")
-            Image.fromarray(np.stack([mask * 200] * 3, axis=-1)).save(root / "images" / split / f"{i}.png")
-    (root / "classes.txt").write_text("floor\nwall\n")
 
 
 @pytest.mark.parametrize("words", commands())
