@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from opendino.errors import ConfigError, DataError
-from opendino.evaluate.knn import few_shot_accuracy, knn_accuracy, knn_predict, mean_per_class, nearest, subset
+from opendino.evaluate.knn import few_shot_accuracy, knn_accuracy, knn_predict, mean_per_class, subset
+from opendino.evaluate.neighbours import nearest
 
 
 def slow_scores(train, labels, query, k, temperature):
