@@ -177,7 +177,7 @@ def _votes(
 ) -> Iterator[list[Tensor]]:
     """Yield, for each chunk of test items, one (m, C) vote table per k."""
     items = Neighbours(train, len(test), max(k))
-    for many in test.split(chunk * torch.get_num_threads()):
+    for many in test.split(chunk * torch.get_num_threads() if items.passes else chunk):
         similarity, index = items.search(many)
         for cosines, where in zip(similarity.split(chunk), index.split(chunk), strict=True):
             yield [vote(cosines[:, :n], labels[where[:, :n]], num_classes, temperature) for n in k]

@@ -3,8 +3,9 @@
 
 On a CPU large sets are searched twice. A cheap first pass (bf16 where the processor multiplies it, else fp32) finds for
 each query every item that could be among its k nearest, by a bound on its own error; their cosines are then computed in
-float64 and ranked, so the ranking is that of float64. Rows for which the bound leaves too many items go through the
-fp32 pass, and what even that cannot part (thousands of items within 1e-4) through a plain fp32 search.
+float64 and ranked, so the ranking is that of float64. Rows for which the bound leaves too many items go through a first
+pass in fp32, and what even that cannot part (thousands of items within 1e-4) is searched plainly in float64. Small sets
+and other devices are searched plainly in fp32.
 
 **The bound.** q, x are unit vectors, c any vector, y = x − c; items are ranked for one query by q·y as by q·x, since
 q·c is the same for all. With the rounded Q, Y that are multiplied, e = |Q − q|, f = |Y − y| measured for every row:
@@ -39,6 +40,8 @@ TRAIN_BLOCK = 65536
 """Items compared at once in the plain search."""
 BLOCK = 8192
 """Items compared at once in the first pass: with 1024 queries the products fill 16 MiB."""
+PREPARED = 1024
+"""Items that are normalised at once: freed parts of tens of MiB are kept by the allocator, and add up."""
 GROUP = 16
 """Columns whose maximum is looked at first."""
 MOST_HITS = 1 << 16
@@ -63,7 +66,7 @@ def rows_of(features: Any) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns of arrays that cannot be written; none is
             return torch.from_numpy(features)
-    return torch.as_tensor(features)
+    return torch.as_tensor(features).detach()
 
 
 def check_finite(features: Tensor, name: str) -> None:
@@ -72,7 +75,7 @@ def check_finite(features: Tensor, name: str) -> None:
     Raises:
         DataError: naming the features.
     """
-    if not all(in_threads(lambda part: bool(torch.isfinite(part).all()), features.split(BLOCK))):
+    if not all(in_threads(lambda part: bool(torch.isfinite(part).all()), features.split(PREPARED))):
         raise DataError(f"The {name} features hold NaN or infinity. Leave out the images that could not be read.")
 
 
@@ -94,10 +97,10 @@ def in_threads(function: Callable[[_T], _S], parts: Sequence[_T]) -> list[_S]:
 
 
 def nearest(queries: Tensor, train: Tensor, k: int, train_block: int = TRAIN_BLOCK) -> tuple[Tensor, Tensor]:
-    """Find the k training items most similar to each query by plain fp32 products, block by block.
+    """Find the k training items most similar to each query by plain products, block by block.
 
     Args:
-        queries: (m, D), normalised, fp32.
+        queries: (m, D), normalised; their dtype is computed in.
         train: (N, D); normalised here, block by block; k ≤ N.
         k: neighbours.
         train_block: training items compared at once.
@@ -108,7 +111,7 @@ def nearest(queries: Tensor, train: Tensor, k: int, train_block: int = TRAIN_BLO
     best = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(train), train_block):
-        block = F.normalize(train[start : start + train_block].float(), dim=1)
+        block = F.normalize(train[start : start + train_block].to(queries.dtype), dim=1)
         similarity = queries @ block.T  # (m, block)
         here, where = similarity.topk(min(k, similarity.shape[1]), dim=1)
         best, order = torch.cat([best, here], 1).topk(min(k, best.shape[1] + here.shape[1]), dim=1)
@@ -140,11 +143,13 @@ class Neighbours:
         if first_pass == "auto":
             small = len(train) < MIN_ITEMS or num_queries < MIN_QUERIES or 4 * k > BLOCK
             first_pass = "plain" if small or train.device.type != "cpu" else "bf16" if bf16_is_fast() else "fp32"
-        if first_pass == "plain" and train.numel() <= 1 << 27:
+        if first_pass == "plain" and (train.device.type != "cpu" or train.numel() <= 1 << 27):
             self.train = F.normalize(train.float(), dim=1)  # once, not for every chunk of queries
         self.passes: list[FirstPass] = []
         if first_pass != "plain":
-            lengths = torch.cat(in_threads(lambda part: part.double().norm(dim=1), train.split(BLOCK))).clamp_min(1e-12)
+            lengths = torch.cat(in_threads(lambda part: part.double().norm(dim=1), train.split(PREPARED))).clamp_min(
+                1e-12
+            )
             dtypes = (torch.bfloat16, torch.float32) if first_pass == "bf16" else (torch.float32,)
             self.passes = [FirstPass(train, lengths, dtype) for dtype in dtypes]
 
@@ -173,7 +178,8 @@ class Neighbours:
                     self.passes = self.passes[-1:]
                 left = left[~certain]
         if len(left):
-            cosines[left], index[left] = nearest(F.normalize(queries[left].float(), dim=1), self.train, self.k)
+            values, index[left] = nearest(F.normalize(queries[left].double(), dim=1), self.train, self.k, BLOCK)
+            cosines[left] = values.float()
         return cosines, index
 
 
@@ -237,7 +243,7 @@ class FirstPass:
         """Read the items once, in their order, and put item p·num_blocks + b at place p of block b."""
         total, width = self.train.shape
         copy = torch.zeros(self.num_blocks, -(-total // self.num_blocks), width, dtype=self.dtype)
-        step = max(BLOCK // self.num_blocks, 1)
+        step = max(PREPARED // self.num_blocks, 1)
 
         def fill(place: int) -> tuple[float, float]:
             y = self._centred(slice(place * self.num_blocks, (place + step) * self.num_blocks))
@@ -263,7 +269,8 @@ class FirstPass:
         return _Asked(rounded, exact, (off * self.length + (1 + off) * self.error + summing + SLACK).float())
 
     def _threshold(self, best: Tensor, asked: _Asked) -> Tensor:
-        return best - self.output_rounding * best.abs() - 2 * asked.error
+        lower = best - self.output_rounding * best.abs() if self.output_rounding else best
+        return lower - 2 * asked.error
 
     def _candidates(self, asked: _Asked, k: int) -> tuple[Found, Tensor]:
         """Give every pair that may be among the k nearest of a row, and which rows (m,) kept to the limit."""
@@ -273,8 +280,8 @@ class FirstPass:
         found: list[Found] = []
         for number in range(self.num_blocks):
             products = asked.rounded @ self.block(number).T  # (m, n)
-            if number == 0:
-                best = products.topk(min(k, products.shape[1]), dim=1).values[:, -1].float()
+            if number == 0 and k <= products.shape[1]:
+                best = products.topk(k, dim=1).values[:, -1].float()
                 threshold = self._threshold(best, asked)
             rows, places, values = select(products, threshold)
             found.append((rows, places * self.num_blocks + number, values.float()))
@@ -325,8 +332,8 @@ def select(products: Tensor, threshold: Tensor) -> Found:
         else:
             values, least = products.view(torch.int32), bits
     else:
-        loose = 2.0**-7 if products.dtype == torch.bfloat16 else 0.0
-        values, least = products, (threshold - loose * threshold.abs()).to(products.dtype)
+        loose = threshold - 2.0**-7 * threshold.abs() if products.dtype == torch.bfloat16 else threshold
+        values, least = products, loose.nan_to_num(nan=torch.inf, neginf=-torch.inf).to(products.dtype)  # inf − inf
     main = products.shape[1] // GROUP * GROUP
     found = []
     if main:
