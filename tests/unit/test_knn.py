@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from opendino.errors import ConfigError, DataError
-from opendino.evaluate import neighbours
+from opendino.evaluate import first_pass, neighbours
+from opendino.evaluate.first_pass import FirstPass, select
 from opendino.evaluate.knn import few_shot_accuracy, knn_accuracy, knn_predict, mean_per_class, subset
-from opendino.evaluate.neighbours import FirstPass, Neighbours, bf16_is_fast, nearest, rows_of, select
+from opendino.evaluate.neighbours import Neighbours, bf16_is_fast, nearest, rows_of
 
 
 def slow_scores(train, labels, query, k, temperature):
@@ -146,23 +147,23 @@ def cases():
     }
 
 
-@pytest.mark.parametrize("first_pass", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("case", cases())
-def test_two_passes_rank_as_float64_does(case, first_pass, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 100)
+def test_two_passes_rank_as_float64_does(case, precision, monkeypatch):
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
     train, queries = (torch.from_numpy(x) for x in cases()[case])
-    assert_exact(train, queries, 20, Neighbours(train, len(queries), 20, first_pass).search(queries))
+    assert_exact(train, queries, 20, Neighbours(train, len(queries), 20, precision).search(queries))
 
 
 def test_more_neighbours_than_a_block_has_items(monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 16)
+    monkeypatch.setattr(first_pass, "BLOCK", 16)
     train, queries = (torch.from_numpy(x) for x in cases()["spread"])
-    for first_pass in ("bf16", "fp32"):
-        assert_exact(train[:100], queries, 40, Neighbours(train[:100], 40, 40, first_pass).search(queries))
+    for precision in ("bf16", "fp32"):
+        assert_exact(train[:100], queries, 40, Neighbours(train[:100], 40, 40, precision).search(queries))
 
 
 def test_the_first_pass_does_the_work_and_equal_items_come_by_index(monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 100)
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
     train, queries = (torch.from_numpy(x) for x in cases()["pairs of equal ones"])
     lengths = train.double().norm(dim=1)
     for dtype in (torch.bfloat16, torch.float32):
@@ -174,7 +175,7 @@ def test_the_first_pass_does_the_work_and_equal_items_come_by_index(monkeypatch)
 @pytest.mark.skipif(not bf16_is_fast(), reason="the bound is about processors that multiply bf16")
 @pytest.mark.parametrize("case", cases())
 def test_no_product_is_further_off_than_the_bound(case, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 100)
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
     train, queries = (torch.from_numpy(x) for x in cases()[case])
     for dtype in (torch.bfloat16, torch.float32):
         first = FirstPass(train, train.double().norm(dim=1).clamp_min(1e-12), dtype)
@@ -189,7 +190,7 @@ def test_no_product_is_further_off_than_the_bound(case, monkeypatch):
 
 def test_the_copy_holds_every_item_once(monkeypatch):
     for total, block in ((1003, 100), (97, 100), (256, 64), (65, 64)):
-        monkeypatch.setattr(neighbours, "BLOCK", block)
+        monkeypatch.setattr(first_pass, "BLOCK", block)
         train = torch.from_numpy(cases()["spread"][0][:total])
         first = FirstPass(train, train.double().norm(dim=1), torch.bfloat16)
         for number in range(first.num_blocks):
@@ -198,8 +199,8 @@ def test_the_copy_holds_every_item_once(monkeypatch):
 
 
 def test_rows_with_too_many_near_items_are_searched_more_precisely(monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 100)
-    monkeypatch.setattr(neighbours, "LIMIT", 160)
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    monkeypatch.setattr(first_pass, "LIMIT", 160)
     train, queries = (torch.from_numpy(x) for x in cases()["cosines within a few bf16 roundings of each other"])
     tight = queries[:1] + 1e-4 * torch.randn(400, 24, generator=torch.Generator().manual_seed(0))
     train = torch.cat([train, tight])
@@ -210,15 +211,15 @@ def test_rows_with_too_many_near_items_are_searched_more_precisely(monkeypatch):
 
 
 def test_hundreds_of_equal_items_are_answered(monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 100)
-    monkeypatch.setattr(neighbours, "LIMIT", 160)
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    monkeypatch.setattr(first_pass, "LIMIT", 160)
     train, queries = torch.ones(1000, 8), torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
     items = Neighbours(train, 10, 5, "bf16")
     assert_exact(train, queries, 5, items.search(queries))
 
 
 def test_products_beyond_their_bound_are_noticed_and_made_again(monkeypatch, caplog):
-    monkeypatch.setattr(neighbours, "BLOCK", 100)
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
     train, queries = (torch.from_numpy(x) for x in cases()["spread"])
     items = Neighbours(train, len(queries), 20, "bf16")
     items.passes[0]._copy *= 1.2
@@ -247,7 +248,7 @@ def test_select_finds_all_at_or_above_the_threshold(dtype, shift):
 
 
 def test_half_precision_and_memory_maps_need_no_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 100)
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
     monkeypatch.setattr(neighbours, "MIN_ITEMS", 100)
     monkeypatch.setattr(neighbours, "MIN_QUERIES", 10)
     train, queries = cases()["spread"]
@@ -265,7 +266,7 @@ def test_half_precision_and_memory_maps_need_no_copy(tmp_path, monkeypatch):
 
 
 def test_threads_change_nothing(monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 100)
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
     monkeypatch.setattr(neighbours, "MIN_QUERIES", 7)
     train, queries = (torch.from_numpy(x) for x in cases()["spread"])
     before, results = torch.get_num_threads(), []
