@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 
 from opendino.errors import ConfigError, DataError
-from opendino.evaluate.knn import few_shot_accuracy, knn_accuracy, knn_predict, mean_per_class, nearest, subset
+from opendino.evaluate import first_pass, neighbours
+from opendino.evaluate.first_pass import FirstPass, select
+from opendino.evaluate.knn import few_shot_accuracy, knn_accuracy, knn_predict, mean_per_class, subset
+from opendino.evaluate.neighbours import Neighbours, bf16_is_fast, nearest, rows_of
 
 
 def slow_scores(train, labels, query, k, temperature):
@@ -105,6 +108,177 @@ def test_few_shot_mean_over_draws():
     assert got["top1"]["1"] == pytest.approx(np.mean(runs))
     assert got["std"]["top1"]["1"] == pytest.approx(np.std(runs))
     assert got["std"]["top1"]["1"] > 0
+
+
+def unit64(x):
+    x = torch.as_tensor(np.asarray(x)).double()
+    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def assert_exact(train, queries, k, found):
+    """The indices found are k different ones, and their float64 cosines are the k largest, in falling order."""
+    reference = unit64(queries) @ unit64(train).T
+    cosines, index = found
+    assert all(len(set(row)) == k for row in index.tolist())
+    best = reference.topk(k, dim=1).values
+    torch.testing.assert_close(reference.gather(1, index), best, rtol=0, atol=1e-12)
+    torch.testing.assert_close(cosines.double(), best, rtol=0, atol=1e-6)
+
+
+def cases():
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=(1003, 24)).astype(np.float32)
+    asked = rng.normal(size=(40, 24)).astype(np.float32)
+    near = asked[rng.integers(0, 40, 1003)] + 1e-3 * rng.normal(size=(1003, 24)).astype(np.float32)
+    midway = 0.5 + 1e-3 * rng.normal(size=plain.shape)
+    midpoints = np.sign(plain) * (1 + (rng.integers(0, 128, plain.shape) + midway) / 128)
+    scaled = plain * np.exp(rng.uniform(-60, 60, (1003, 1))).astype(np.float32)
+    with_zeros = plain.copy()
+    with_zeros[::50] = 0
+    return {
+        "spread": (plain, asked),
+        "cosines within a few bf16 roundings of each other": (near.astype(np.float32), asked),
+        "components half way between two bf16 numbers": (midpoints.astype(np.float32), asked),
+        "all one way": (plain + 3, asked + 3),
+        "opposite the queries": (-np.abs(plain), np.abs(asked)),
+        "lengths from 1e-26 to 1e26": (np.where(np.abs(scaled) < 1e-9, plain, scaled), asked),
+        "zeros among them": (with_zeros, asked),
+        "pairs of equal ones": (np.concatenate([plain[:500], plain[:500]]), asked),
+    }
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("case", cases())
+def test_two_passes_rank_as_float64_does(case, precision, monkeypatch):
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    train, queries = (torch.from_numpy(x) for x in cases()[case])
+    assert_exact(train, queries, 20, Neighbours(train, len(queries), 20, precision).search(queries))
+
+
+def test_more_neighbours_than_a_block_has_items(monkeypatch):
+    monkeypatch.setattr(first_pass, "BLOCK", 16)
+    train, queries = (torch.from_numpy(x) for x in cases()["spread"])
+    for precision in ("bf16", "fp32"):
+        assert_exact(train[:100], queries, 40, Neighbours(train[:100], 40, 40, precision).search(queries))
+
+
+def test_the_first_pass_does_the_work_and_equal_items_come_by_index(monkeypatch):
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    train, queries = (torch.from_numpy(x) for x in cases()["pairs of equal ones"])
+    lengths = train.double().norm(dim=1)
+    for dtype in (torch.bfloat16, torch.float32):
+        _, index, certain = FirstPass(train, lengths, dtype).search(queries, 20)
+        assert certain.all()
+        assert torch.equal(index[:, 1::2], index[:, ::2] + 500)
+
+
+@pytest.mark.skipif(not bf16_is_fast(), reason="the bound is about processors that multiply bf16")
+@pytest.mark.parametrize("case", cases())
+def test_no_product_is_further_off_than_the_bound(case, monkeypatch):
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    train, queries = (torch.from_numpy(x) for x in cases()[case])
+    for dtype in (torch.bfloat16, torch.float32):
+        first = FirstPass(train, train.double().norm(dim=1).clamp_min(1e-12), dtype)
+        asked, largest = first._asked(queries), 0.0
+        exact = unit64(queries) @ (unit64(train) - first.centre).T
+        for number in range(first.num_blocks):
+            products = (asked.rounded @ first.block(number).T).double()
+            off = (products - exact[:, number :: first.num_blocks]).abs() - first.output_rounding * products.abs()
+            largest = max(largest, float((off / asked.error[:, None]).max()))
+        assert 0 < largest <= 1 if dtype == torch.bfloat16 else largest <= 1
+
+
+def test_the_copy_holds_every_item_once(monkeypatch):
+    for total, block in ((1003, 100), (97, 100), (256, 64), (65, 64)):
+        monkeypatch.setattr(first_pass, "BLOCK", block)
+        train = torch.from_numpy(cases()["spread"][0][:total])
+        first = FirstPass(train, train.double().norm(dim=1), torch.bfloat16)
+        for number in range(first.num_blocks):
+            expected = (unit64(train) - first.centre)[number :: first.num_blocks]
+            torch.testing.assert_close(first.block(number).double(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_rows_with_too_many_near_items_are_searched_more_precisely(monkeypatch):
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    monkeypatch.setattr(first_pass, "LIMIT", 160)
+    train, queries = (torch.from_numpy(x) for x in cases()["cosines within a few bf16 roundings of each other"])
+    tight = queries[:1] + 1e-4 * torch.randn(400, 24, generator=torch.Generator().manual_seed(0))
+    train = torch.cat([train, tight])
+    items = Neighbours(train, len(queries), 20, "bf16")
+    certain = items.passes[0].search(queries, 20)[2]
+    assert not certain[0]
+    assert_exact(train, queries, 20, items.search(queries))
+
+
+def test_hundreds_of_equal_items_are_answered(monkeypatch):
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    monkeypatch.setattr(first_pass, "LIMIT", 160)
+    train, queries = torch.ones(1000, 8), torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    items = Neighbours(train, 10, 5, "bf16")
+    assert_exact(train, queries, 5, items.search(queries))
+
+
+def test_products_beyond_their_bound_are_noticed_and_made_again(monkeypatch, caplog):
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    train, queries = (torch.from_numpy(x) for x in cases()["spread"])
+    items = Neighbours(train, len(queries), 20, "bf16")
+    items.passes[0]._copy *= 1.2
+    assert_exact(train, queries, 20, items.search(queries))
+    assert "more than their bound" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shift", [0.0, 0.5, -0.5])
+def test_select_finds_all_at_or_above_the_threshold(dtype, shift):
+    generator = torch.Generator().manual_seed(0)
+    products = (torch.randn(30, 107, generator=generator) * 0.2 + shift).to(dtype)
+    threshold = 0.1 * torch.rand(30, generator=generator) + 0.05 + shift
+    threshold[3], threshold[4] = torch.inf, products[4].float().max()
+    rows, columns, values = select(products, threshold)
+    assert torch.equal(values, products[rows, columns])
+    found = torch.zeros(30, 107, dtype=torch.bool)
+    found[rows, columns] = True
+    needed = products.float() >= threshold[:, None]
+    assert not (needed & ~found).any()
+    assert not found[3].any()
+    assert found.sum() == len(rows)
+    loose = products.float() >= (threshold - 2**-6 * threshold.abs())[:, None]
+    assert not (found & ~loose).any()
+    assert dtype == torch.bfloat16 or torch.equal(found, needed)
+
+
+def test_half_precision_and_memory_maps_need_no_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    monkeypatch.setattr(neighbours, "MIN_ITEMS", 100)
+    monkeypatch.setattr(neighbours, "MIN_QUERIES", 10)
+    train, queries = cases()["spread"]
+    np.save(tmp_path / "train.npy", train.astype(np.float16))
+    mapped = np.load(tmp_path / "train.npy", mmap_mode="r")
+    rows = rows_of(mapped)
+    assert rows.data_ptr() == mapped.ctypes.data
+    items = Neighbours(rows, 40, 20)
+    assert len(items.passes) == 1 + bf16_is_fast()
+    assert_exact(train.astype(np.float16), queries, 20, items.search(rows_of(queries)))
+    labels = np.arange(1003) % 7
+    got = knn_accuracy(mapped, labels, queries, labels[:40], k=(5,), chunk=11)
+    whole = knn_accuracy(train.astype(np.float16).astype(np.float32), labels, queries, labels[:40], k=(5,))
+    assert got == whole
+
+
+def test_threads_change_nothing(monkeypatch):
+    monkeypatch.setattr(first_pass, "BLOCK", 100)
+    monkeypatch.setattr(neighbours, "MIN_QUERIES", 7)
+    train, queries = (torch.from_numpy(x) for x in cases()["spread"])
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(Neighbours(train, 40, 20, "bf16").search(queries))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][0], results[1][0])
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,18 @@ def test_command_scores_instances(places, capsys):
     assert got["num_queries"]["easy"] == 2
 
 
+def test_bunches_of_queries_change_nothing(places, capsys, monkeypatch):
+    from opendino.cli.evaluate import retrieval
+
+    gallery = [{"image": f"g/{i}{end}.png", "instance": str(i)} for i in range(3) for end in ("", "-dark")]
+    queries = [{"query": f"g/{i}.png", "instance": str(i)} for i in range(3)]
+    (places / "retrieval.json").write_text(json.dumps({"gallery": gallery, "queries": queries}))
+    whole = run(places, capsys)
+    monkeypatch.setattr(retrieval, "MOST_SIMILARITIES", 1)
+    assert run(places, capsys) == whole
+    assert whole["precision"]["easy"]["1"] == whole["accuracy"], "the query itself is left out of both"
+
+
 def test_unreadable_gallery_images_are_ranked_last_and_queries_left_out(places, capsys):
     whole = run(places, capsys)
     (places / "g" / "0-dark.png").write_bytes(b"no image")

@@ -47,7 +47,9 @@ def recognise(
         raise ConfigError(f"k is {k} and temperature {temperature}; both must be positive.")
     winners, confidence = np.empty(len(sims), np.int64), np.empty(len(sims))
     for row, values in enumerate(sims):
-        near = np.argsort(-values, kind="stable")[:k]
+        least = np.partition(values, -min(k, len(values)))[-min(k, len(values))]
+        near = np.flatnonzero(values >= least)  # k, or more where several are equally far
+        near = near[np.argsort(-values[near], kind="stable")[:k]]
         found, where = np.unique(number[near], return_inverse=True)
         best = np.full(len(found), -np.inf)
         np.maximum.at(best, where, values[near])

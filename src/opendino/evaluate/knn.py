@@ -2,7 +2,7 @@
 """Weighted k-nearest-neighbour classification of frozen features (DINOv2 §7, "k-NN"; method.md §3).
 
 Features are L2-normalised and compared by cosine. A test item's k nearest training items vote for their class with the
-weights softmax(similarity / temperature). Exact; the work goes in blocks, so memory does not grow with the sets.
+weights softmax(similarity / temperature). Exact (`opendino.evaluate.neighbours`), block by block.
 
 Shapes: N training items, M test items, D width, C classes, K the largest k.
 """
@@ -15,38 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from opendino.errors import ConfigError, DataError
+from opendino.evaluate.neighbours import Neighbours, check_finite, rows_of
 
 log = logging.getLogger(__name__)
 
 DEFAULT_K = (10, 20, 100, 200)
-TRAIN_BLOCK = 65536
 Scores = dict[str, dict[str, float]]
-
-
-def nearest(queries: Tensor, train: Tensor, k: int, train_block: int = TRAIN_BLOCK) -> tuple[Tensor, Tensor]:
-    """Find the k training items most similar to each query, exactly, block by block.
-
-    Args:
-        queries: (m, D), normalised.
-        train: (N, D), normalised; k ≤ N.
-        k: neighbours.
-        train_block: training items compared at once.
-
-    Returns:
-        Similarities (m, k), falling, and indices (m, k).
-    """
-    best = queries.new_empty(len(queries), 0)
-    index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
-    for start in range(0, len(train), train_block):
-        similarity = queries @ train[start : start + train_block].T  # (m, block)
-        here, where = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        best, order = torch.cat([best, here], 1).topk(min(k, best.shape[1] + here.shape[1]), dim=1)
-        index = torch.cat([index, where + start], 1).gather(1, order)
-    return best, index
 
 
 def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
@@ -94,7 +71,7 @@ def knn_accuracy(
     """Score frozen features with the weighted k-NN vote.
 
     Args:
-        train_x: (N, D) features, array or tensor; normalised here.
+        train_x: (N, D) features, array or tensor of any float dtype, or a memory map; normalised here, block by block.
         train_y: (N,) classes, integers from 0.
         test_x: (M, D).
         test_y: (M,) classes, each also in `train_y`.
@@ -199,16 +176,18 @@ def _votes(
     train: Tensor, labels: Tensor, test: Tensor, k: list[int], temperature: float, chunk: int, num_classes: int
 ) -> Iterator[list[Tensor]]:
     """Yield, for each chunk of test items, one (m, C) vote table per k."""
-    for part in test.split(chunk):
-        similarity, index = nearest(part.to(train.device), train, max(k))
-        yield [vote(similarity[:, :n], labels[index[:, :n]], num_classes, temperature) for n in k]
+    items = Neighbours(train, len(test), max(k))
+    for many in test.split(chunk * torch.get_num_threads() if items.passes else chunk):
+        similarity, index = items.search(many)
+        for cosines, where in zip(similarity.split(chunk), index.split(chunk), strict=True):
+            yield [vote(cosines[:, :n], labels[where[:, :n]], num_classes, temperature) for n in k]
 
 
 def _checked(
     train_x: Any, train_y: Any, test_x: Any, k: Sequence[int], temperature: float, device: str | torch.device | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give normalised fp32 training features, their labels, and normalised test features."""
-    train, test, labels = torch.as_tensor(train_x), torch.as_tensor(test_x), torch.as_tensor(train_y)
+    """Give training features as they are, their labels, both on the device, and test features."""
+    train, test, labels = rows_of(train_x), rows_of(test_x), torch.as_tensor(train_y)
     if not k or min(k) < 1 or temperature <= 0:
         raise ConfigError(f"k is {tuple(k)} and temperature {temperature}; both must be positive.")
     if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or not len(train) or not len(test):
@@ -218,11 +197,10 @@ def _checked(
         )
     if labels.shape != (len(train),) or labels.is_floating_point() or labels.min() < 0:
         raise DataError(f"{len(train)} training features need as many classes, integers from 0; got {labels.shape}.")
-    for name, x in (("training", train), ("test", test)):
-        if not torch.isfinite(x).all():
-            raise DataError(f"The {name} features hold NaN or infinity. Leave out the images that could not be read.")
-    train = F.normalize(train.to(device or train.device).float(), dim=1)
-    return train, labels.long().to(train.device), F.normalize(test.float(), dim=1)
+    check_finite(train, "training")
+    check_finite(test, "test")
+    train = train.to(device or train.device)
+    return train, labels.long().to(train.device), test
 
 
 def _check_labels(labels: Tensor, truth: Tensor, num_test: int) -> None:

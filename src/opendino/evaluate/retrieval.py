@@ -100,6 +100,17 @@ def score_queries(
     return scores
 
 
+def join_scores(parts: Sequence[Mapping[str, QueryScores]]) -> dict[str, QueryScores]:
+    """Put the scores of several bunches of queries behind each other; there is at least one."""
+    return {
+        level: QueryScores(
+            np.concatenate([p[level].ap for p in parts]),
+            {k: np.concatenate([p[level].precision[k] for p in parts]) for k in parts[0][level].precision},
+        )
+        for level in parts[0]
+    }
+
+
 def ranks_of_positives(
     order: npt.NDArray[np.int64], lists: Mapping[str, npt.NDArray[np.int64]], level: str
 ) -> npt.NDArray[np.int64]:

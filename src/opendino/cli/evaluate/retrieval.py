@@ -33,6 +33,7 @@ Sets with lists are scored by the revisited Oxford and Paris protocol (mAP and p
 easy, medium, hard); sets with instances also by the Met's global average precision."""
 FAR = -2.0
 """Below every cosine: images that cannot be read, and a query among the images it searches."""
+MOST_SIMILARITIES = 1 << 25
 Level = Literal["easy", "medium", "hard"]
 Array = npt.NDArray[np.float32]
 
@@ -81,35 +82,78 @@ def run_retrieval(args: RetrievalArgs) -> dict[str, Any]:
         without_positives {level: those that do not count}, gap, gap_no_distractors and accuracy for sets with
         instances, and the counts of images.
     """
-    from opendino.evaluate.retrieval import score_queries, summary
-
     scales, data = parse_scales(args.scales), open_set(args.data)
+    if args.page is not None and not data.relevant:
+        raise ConfigError(f"--page needs lists of what is to be found, which {data.root} does not have.")
     query_x, gallery_x, unreadable = _described(args, data, scales)
-    kept = np.flatnonzero(np.isfinite(query_x[:, 0]))
-    if not len(kept):
-        raise DataError(f"None of the {len(data.queries)} queries of {data.root} could be read.")
-    similarity = cosine(query_x[kept], gallery_x)
-    result: dict[str, Any] = {}
-    if data.relevant:
-        scores = score_queries(similarity, [data.relevant[int(i)] for i in kept])
+    ranking = Ranking(data, query_x, gallery_x)
+    result = _scores(args, ranking) | {
+        "pooling": args.pooling, "scales": list(scales), "queries": len(ranking.kept), "gallery": len(data.gallery),
+        "errors": len(unreadable), "errors_queries": len(data.queries) - len(ranking.kept),
+    }  # fmt: skip
+    return result
+
+
+class Ranking:
+    """The similarities of the queries that could be read, made when they are wanted.
+
+    Attributes:
+        data: the set.
+        kept: (Q,) indices of those queries.
+    """
+
+    def __init__(self, data: RetrievalSet, queries: Array, gallery: Array) -> None:
+        self.data, self.kept = data, np.flatnonzero(np.isfinite(queries[:, 0]))
+        if not len(self.kept):
+            raise DataError(f"None of the {len(data.queries)} queries of {data.root} could be read.")
+        self._queries, self._bad = queries, ~np.isfinite(gallery[:, 0])
+        self._gallery = np.where(self._bad[:, None], 0, gallery)
+
+    def similarity(self, queries: npt.NDArray[np.int64]) -> Array:
+        """Give (len(queries), G) cosines of queries of the set; unreadable gallery images are farther than all."""
+        cosines: Array = self._queries[queries] @ self._gallery.T
+        cosines[:, self._bad] = FAR
+        return cosines
+
+    def bunches(self) -> list[npt.NDArray[np.int64]]:
+        """Part the kept queries so that the similarities of a bunch fit into memory."""
+        size = max(MOST_SIMILARITIES // len(self._gallery), 1)
+        return [self.kept[i : i + size] for i in range(0, len(self.kept), size)]
+
+
+def _scores(args: RetrievalArgs, ranking: Ranking) -> dict[str, Any]:
+    from opendino.evaluate.gap import global_average_precision, recognise
+    from opendino.evaluate.retrieval import join_scores, score_queries, summary
+
+    data, parts, known, result = ranking.data, [], [], {}
+    place = {name: i for i, name in enumerate(data.gallery)}
+    for bunch in ranking.bunches():
+        similarity = ranking.similarity(bunch)
+        if data.relevant:
+            parts.append(score_queries(similarity, [data.relevant[int(i)] for i in bunch]))
+        if data.gap:
+            for row, i in enumerate(bunch):
+                if data.queries[i] in place:
+                    similarity[row, place[data.queries[i]]] = FAR
+            known.append(recognise(similarity, data.gallery_ids, args.k, args.temperature))
+    if parts:
+        scores = join_scores(parts)
         means = summary({level: scores[level] for level in args.levels})
         counts = means.pop("queries")
-        result |= _without_nan(means) | {
+        result = _without_nan(means) | {
             "num_queries": counts,
-            "without_positives": {level: len(kept) - n for level, n in counts.items()},
+            "without_positives": {level: len(ranking.kept) - n for level, n in counts.items()},
         }
         if args.page is not None:
             from opendino.cli.evaluate.retrieval_page import write_retrieval_page
 
-            write_retrieval_page(args, data, kept, similarity, scores)
-    elif args.page is not None:
-        raise ConfigError(f"--page needs lists of what is to be found, which {data.root} does not have.")
-    if data.gap:
-        result |= _gap(args, data, kept, similarity)
-    return result | {
-        "pooling": args.pooling, "scales": list(scales), "queries": len(kept), "gallery": len(data.gallery),
-        "errors": len(unreadable), "errors_queries": len(data.queries) - len(kept),
-    }  # fmt: skip
+            write_retrieval_page(args, ranking, scores)
+    if known:
+        predicted, confidence = (np.concatenate(part) for part in zip(*known, strict=True))
+        truth = [data.query_ids[int(i)] for i in ranking.kept]
+        result |= global_average_precision(predicted, confidence, truth)
+        result["distractors"] = sum(t is None for t in truth)
+    return result
 
 
 def open_set(path: Path) -> RetrievalSet:
@@ -132,14 +176,6 @@ def parse_scales(text: str) -> tuple[float, ...]:
     if not scales or not all(0 < s < math.inf for s in scales):
         raise ConfigError(f"--scales is {text!r}; give positive numbers with commas, such as 1,0.707,0.5.")
     return scales
-
-
-def cosine(queries: Array, gallery: Array) -> Array:
-    """Give (Q, G) similarities of unit vectors; gallery images that could not be read (NaN) are farther than all."""
-    bad = ~np.isfinite(gallery[:, 0])
-    similarity: Array = queries @ np.where(bad[:, None], 0, gallery).T
-    similarity[:, bad] = FAR
-    return similarity
 
 
 def _described(
@@ -178,20 +214,6 @@ def _described(
 def _model(args: RetrievalArgs) -> VisionTransformer:
     model: VisionTransformer = make_embedder(args.model, args.weights, device=args.device).model
     return model
-
-
-def _gap(args: RetrievalArgs, data: RetrievalSet, kept: npt.NDArray[np.int64], similarity: Array) -> dict[str, Any]:
-    from opendino.evaluate.gap import global_average_precision, recognise
-
-    place = {name: i for i, name in enumerate(data.gallery)}
-    sims = similarity.copy()
-    for row, i in enumerate(kept):
-        if data.queries[i] in place:
-            sims[row, place[data.queries[i]]] = FAR
-    predicted, confidence = recognise(sims, data.gallery_ids, args.k, args.temperature)
-    truth = [data.query_ids[i] for i in kept]
-    scores: dict[str, Any] = dict(global_average_precision(predicted, confidence, truth))
-    return scores | {"distractors": sum(t is None for t in truth)}
 
 
 def _without_nan(value: Any) -> Any:

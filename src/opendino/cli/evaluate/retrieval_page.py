@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from opendino.errors import DataError
@@ -19,8 +18,8 @@ from opendino.report.page import Figure, Section, write_page
 from opendino.report.retrieval import Kind, Tile, strip
 
 if TYPE_CHECKING:
-    from opendino.cli.evaluate.retrieval import RetrievalArgs
-    from opendino.evaluate.datasets.types import Box, RetrievalSet
+    from opendino.cli.evaluate.retrieval import Ranking, RetrievalArgs
+    from opendino.evaluate.datasets.types import Box
 
 ABOUT = (
     "First the query, as the model saw it; then the gallery from the nearest on. Green with a bar: it was to be found. "
@@ -28,17 +27,12 @@ ABOUT = (
 )
 
 
-def write_retrieval_page(
-    args: RetrievalArgs, data: RetrievalSet, kept: npt.NDArray[np.int64],
-    similarity: npt.NDArray[np.float32], scores: Mapping[str, QueryScores],
-) -> None:  # fmt: skip
+def write_retrieval_page(args: RetrievalArgs, ranking: Ranking, scores: Mapping[str, QueryScores]) -> None:
     """Write the queries with the worst and the best average precision at the middle one of the levels asked for.
 
     Args:
         args: page, page_queries, page_ranked and levels count.
-        data: the set.
-        kept: indices of the queries that were scored.
-        similarity: (len(kept), G).
+        ranking: the set and its similarities.
         scores: per level, one entry a kept query.
     """
     assert args.page is not None
@@ -49,20 +43,19 @@ def write_retrieval_page(
     worst, best = ranked[:half], ranked[half:][-half:][::-1]
     sections = [
         Section(f"{title} average precision, {level}", (ABOUT,), figures=[
-            _figure(args, data, int(kept[row]), similarity[row], level, float(ap[row])) for row in rows
+            _figure(args, ranking, int(ranking.kept[row]), level, float(ap[row])) for row in rows
         ])
         for title, rows in (("Lowest", worst), ("Highest", best)) if rows
     ]  # fmt: skip
     try:
         args.page.parent.mkdir(parents=True, exist_ok=True)
-        write_page(args.page, f"Retrieval: {Path(data.root).parent.name}", sections)
+        write_page(args.page, f"Retrieval: {Path(ranking.data.root).parent.name}", sections)
     except OSError as error:
         raise DataError(f"The page {args.page} cannot be written: {error}. Give another --page.") from error
 
 
-def _figure(
-    args: RetrievalArgs, data: RetrievalSet, query: int, row: npt.NDArray[np.float32], level: str, ap: float
-) -> Figure:
+def _figure(args: RetrievalArgs, ranking: Ranking, query: int, level: str, ap: float) -> Figure:
+    data, row = ranking.data, ranking.similarity(np.array([query]))[0]
     lists = data.relevant[query]
     kind: dict[int, Kind] = {}
     for names, value in zip(LEVELS[level], ("right", "junk"), strict=True):
