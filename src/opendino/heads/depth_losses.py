@@ -6,6 +6,8 @@ Shapes: B images, H × W pixels. Depths are metres; pixels whose truth is 0 or a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,9 @@ def scale_invariant_loss(predicted: Tensor, true: Tensor, max_depth: float, *, m
     valid = (true > 0) & (true <= max_depth)
     g = torch.log(predicted[valid] + EPS) - torch.log(true[valid] + EPS)
     if mean_only or g.numel() < 2:
-        return MEAN_WEIGHT**0.5 * g.mean().abs()  # the same as sqrt(0.15 mean²), whose gradient is undefined at 0
-    return (g.var() + MEAN_WEIGHT * g.mean() ** 2).clamp_min(1e-16).sqrt()
+        return math.sqrt(MEAN_WEIGHT) * g.mean().abs()  # the same as sqrt(0.15 mean²), whose gradient is undefined at 0
+    squared: Tensor = g.var() + MEAN_WEIGHT * g.mean() ** 2
+    return squared.clamp_min(1e-16).sqrt()
 
 
 def gradient_loss(predicted: Tensor, true: Tensor, max_depth: float) -> Tensor:

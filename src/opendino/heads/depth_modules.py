@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opendino.errors import ConfigError
@@ -101,7 +101,11 @@ def make_depth_head(
     if kind == "dpt":
         if embed_dim < 8:
             raise ConfigError(f"A DPT head needs a backbone at least 8 wide; this one is {embed_dim}. Give lin4.")
-        return DPTHead(embed_dim, min_depth, channels=channels)
+        head = DPTHead(embed_dim, min_depth, channels=channels)
+        # What the last ReLU cuts off for every pixel can never be learnt again, so training begins at a middling depth.
+        assert head.last.bias is not None
+        nn.init.constant_(head.last.bias, (max_depth - min_depth) / 4)
+        return head
     return LinearDepthHead(embed_dim, 1 if kind == "lin1" else STAGES, min_depth, max_depth)
 
 

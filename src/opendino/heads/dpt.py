@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 STAGES = 4
@@ -140,6 +140,13 @@ class DPTHead(nn.Module):
         self.fusion_blocks = nn.ModuleList(Fusion(channels, first=i == 0) for i in range(STAGES))
         self.project = NamedConv(channels, channels, 3)
         self.conv_depth = DepthConvs(channels)
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The convolution whose bias is the depth that an untrained head starts from."""
+        conv = self.conv_depth.head[4]
+        assert isinstance(conv, nn.Conv2d)
+        return conv
 
     def forward(self, patches: Sequence[Tensor], cls: Sequence[Tensor]) -> Tensor:
         """Give depth (B, 1, 32⌈h/2⌉, 32⌈w/2⌉), metres, at least min_depth.
