@@ -25,7 +25,7 @@ from opendino.errors import ConfigError, DataError, OpendinoError, WeightsError
 from opendino.evaluate.datasets.types import DepthSet
 from opendino.evaluate.depth import DepthScore
 from opendino.heads.depth_data import ArrayDepth, AugmentedBatches, CachedBatches, RawTokenSet, Truths
-from opendino.heads.depth_modules import DepthModel, HeadKind, block_tokens, depth_blocks, make_depth_head
+from opendino.heads.depth_modules import DPT_CHANNELS, DepthModel, HeadKind, block_tokens, depth_blocks, make_depth_head
 from opendino.heads.depth_training import DepthRecipe, OnStep, train_head
 from opendino.heads.storage import check_backbone, describe_backbone, load_head, save_head
 from opendino.heads.tokens import TokenSet, Views, frozen, normalized, resize_pixels
@@ -96,13 +96,13 @@ class DepthEstimator:
         self, backbone: VisionTransformer | str | Path, head: HeadKind = "lin4", *, min_depth: float = 1e-3,
         max_depth: float = 10.0, size: int | tuple[int, int] | None = None, flip: bool = True, norm: bool = False,
         features: FeatureMode = "cached", steps: int = 2000, batch_size: int = 16, lr: float = 1e-3,
-        weight_decay: float = 0.01, seed: int = 0, crop: tuple[int, int] | None = None, channels: int = 256,
+        weight_decay: float = 0.01, seed: int = 0, crop: tuple[int, int] | None = None, channels: int = DPT_CHANNELS,
         cache: str | Path | None = None, weights: str | Path | None = None, device: str | torch.device | None = None,
         precision: str = "auto", batch: int = 8, workers: int | None = None,
     ) -> None:  # fmt: skip
         if features not in ("cached", "augmented"):
             raise ConfigError(f"features is {features!r}; it must be cached or augmented.")
-        self.backbone, self.name = _backbone(backbone, weights, device)
+        self.backbone, self.name = as_backbone(backbone, weights, device)
         self.blocks = depth_blocks(self.backbone.n_blocks, head)
         self.head: HeadKind = head
         self.min_depth, self.max_depth, self.size, self.flip, self.norm = min_depth, max_depth, size, flip, norm
@@ -364,9 +364,10 @@ class DepthEstimator:
         return ArrayDepth(data, depths, min_depth=self.min_depth, max_depth=self.max_depth)
 
 
-def _backbone(
+def as_backbone(
     backbone: VisionTransformer | str | Path, weights: str | Path | None, device: str | torch.device | None
 ) -> tuple[VisionTransformer, str]:
+    """Load a backbone unless it is one, and give it with its name."""
     if isinstance(backbone, VisionTransformer):
         return backbone if device is None else backbone.to(device), backbone.config.arch
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
