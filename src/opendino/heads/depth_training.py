@@ -29,6 +29,8 @@ WARMUP_FLOOR = 1e-3
 SCALE_STEPS = 100
 """Steps at the start whose loss is of the mean alone; at most a twentieth of the training."""
 MAX_NORM = 35.0
+SAVE_EVERY_S = 30.0
+"""Seconds; at most so much is done again after a kill."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class DepthRecipe:
 
 def train_head(
     head: nn.Module, batches: Batches, recipe: DepthRecipe, max_depth: float, *, described: dict[str, Any],
-    state: Path | None = None, save_every_s: float = 30.0, on_step: OnStep | None = None,
+    state: Path | None = None, on_step: OnStep | None = None,
 ) -> list[float]:  # fmt: skip
     """Train a head in place.
 
@@ -75,8 +77,7 @@ def train_head(
         recipe: see there.
         max_depth: deeper truth does not count, metres.
         described: JSON-able; what decides the result besides the recipe. A state file of another training is refused.
-        state: file that keeps the training; None keeps nothing.
-        save_every_s: seconds between writes of it; at most so much is done again after a kill.
+        state: file that keeps the training, written every `SAVE_EVERY_S`; None keeps nothing.
         on_step: told about progress.
 
     Returns:
@@ -95,7 +96,7 @@ def train_head(
         if on_step is not None:
             on_step(step + 1, recipe.steps, losses[-1])
         # Never on an exception: an interrupt inside the optimizer leaves half a step.
-        if state is not None and (step + 1 == recipe.steps or monotonic() - saved >= save_every_s):
+        if state is not None and (step + 1 == recipe.steps or monotonic() - saved >= SAVE_EVERY_S):
             _save(state, text, head, optimizer, losses)
             saved = monotonic()
     head.eval()

@@ -32,6 +32,8 @@ def depth_model(
         WeightsError: when the head is missing, does not fit, or is of another kind than asked for.
     """
     head: HeadKind = kind  # type: ignore[assignment]  # depth_blocks refuses other words
+    if kind.startswith("lin") and kind not in ("lin1", "lin4"):
+        raise ConfigError(f"layers is {kind[3:]}; linear depth heads read 1 or 4 layers.")
     blocks = depth_blocks(backbone.n_blocks, head)
     if not pretrained:
         deepest = max_depth or MAX_DEPTHS["NYU"]
