@@ -28,8 +28,8 @@ def commands():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/, a
-    run, a published file, two pictures."""
+    """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/,
+    flat/ and hall/ with depth, a run, a published file, two pictures."""
     root = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
         field = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(field).resize((64, 48), Image.Resampling.BICUBIC).save(root / name)
     save_other_sources(root)
+    save_depths(root / "flat", root / "hall")
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -64,12 +65,26 @@ def save_other_sources(root):
         np.save(root / "fields" / f"{i}.npy", rng.integers(0, 65536, (32, 32, 5), dtype=np.uint16))
 
 
+def save_depths(*roots):
+    """Images with depth, for the page about depth."""
+    for root in roots:
+        for split in ("train", "val"):
+            for part in ("images", "depth"):
+                (root / part / split).mkdir(parents=True)
+            for i in range(2):
+                ramp = np.tile(np.linspace(1000, 4000 + 500 * i, 64), (48, 1))
+                Image.fromarray(ramp.astype(np.uint16)).save(root / "depth" / split / f"{i}.png")
+                Image.fromarray((ramp / 25).astype(np.uint8)).save(root / "images" / split / f"{i}.png")
+
+
 @pytest.mark.parametrize("words", commands())
 def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     args = words[1:]
     if args[0] == "pretrain":
         args = [*args, *SMALL]
+    if args[:2] == ["eval", "depth"] and "--head" not in args:
+        args = [*args, "--steps", "2"]
     if args[0] == "pretrain" and "--out" in args:
         args[args.index("--out") + 1] = str(tmp_path / "run")
     elif "--out" in args:

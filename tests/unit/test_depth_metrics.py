@@ -126,5 +126,5 @@ def test_errors_say_what_is_wrong():
         score_depth(np.ones((2, 8, 8)), np.zeros((2, 8, 8)), crop="eigen")
     with pytest.raises(DataError, match=r"\(8, 8\).*\(4, 4\)"):
         score_depth([np.ones((8, 8))], [np.ones((4, 4))])
-    with pytest.raises(DataError, match="as many"):
+    with pytest.raises(DataError, match="only 0 true depth maps"):
         score_depth([np.ones((8, 8))], [])

@@ -15,7 +15,7 @@ from opendino.errors import ConfigError, DataError, WeightsError
 from opendino.evaluate.datasets.folders import open_folder_depth
 from opendino.heads import depth_training
 from opendino.heads.depth import DepthEstimator
-from opendino.heads.depth_data import ArrayDepth, Order, Truths, augment, crop_size
+from opendino.heads.depth_data import ArrayDepth, KittiCropped, Order, Truths, augment, crop_size, kitti_part
 from opendino.heads.depth_losses import depth_loss, gradient_loss, scale_invariant_loss
 from opendino.heads.depth_modules import DepthModel, LinearDepthHead, depth_blocks, make_depth_head
 from opendino.heads.depth_training import DepthRecipe
@@ -192,6 +192,19 @@ def test_published_crops():
     plain = next(s for s in range(99) if min(np.random.default_rng(s).random(4)[[0, 3]]) > 0.5)
     out, _ = augment(image, depth, np.random.default_rng(plain), (416, 544), "eigen")
     assert (out == 255).all()
+
+
+def test_kitti_is_cut_to_its_lower_middle(model):
+    image = np.zeros((375, 1242, 3), np.uint8)
+    image[23:, 13:1229] = 200
+    depth = np.where(image[..., 0] > 0, 20, 5).astype(np.float32)
+    cut = KittiCropped(ArrayDepth([image], [depth], max_depth=80, crop="garg"))
+    assert cut.image(0).shape == (3, 352, 1216)
+    assert (cut.image(0) == 200).all()
+    assert (cut.depth(0) == 20).all()
+    small = torch.zeros(3, 100, 300)
+    assert kitti_part(small) is small
+    assert isinstance(DepthEstimator(model, "lin1")._as_set(cut.data, None), KittiCropped)
 
 
 def test_an_epoch_has_every_row_once_and_batches_of_one_kind():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -164,11 +165,9 @@ def score_depth(
         DataError: for maps of different shapes or numbers, or when no map has a valid pixel.
     """
     score = DepthScore(min_depth, max_depth, crop)
-    try:
-        for i, (prediction, truth) in enumerate(zip(predictions, truths, strict=True)):
-            score.add(prediction, truth, f"map {i}")
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"There must be as many predictions as true depth maps: {error}.") from error
+    for i, (prediction, truth) in enumerate(zip_longest(predictions, truths)):
+        if prediction is None or truth is None:
+            short = "predictions" if prediction is None else "true depth maps"
+            raise DataError(f"There are only {i} {short}; there must be as many of both.")
+        score.add(prediction, truth, f"map {i}")
     return score.result()

@@ -24,7 +24,14 @@ from opendino.embed.resume import weights_fingerprint
 from opendino.errors import ConfigError, DataError, OpendinoError, WeightsError
 from opendino.evaluate.datasets.types import DepthSet
 from opendino.evaluate.depth import DepthScore
-from opendino.heads.depth_data import ArrayDepth, AugmentedBatches, CachedBatches, RawTokenSet, Truths
+from opendino.heads.depth_data import (
+    ArrayDepth,
+    AugmentedBatches,
+    CachedBatches,
+    KittiCropped,
+    RawTokenSet,
+    Truths,
+)
 from opendino.heads.depth_modules import DPT_CHANNELS, DepthModel, HeadKind, block_tokens, depth_blocks, make_depth_head
 from opendino.heads.depth_training import DepthRecipe, OnStep, train_head
 from opendino.heads.storage import check_backbone, describe_backbone, load_head, save_head
@@ -358,7 +365,7 @@ class DepthEstimator:
 
     def _as_set(self, data: DepthSet | Sequence[Any], depths: Sequence[Any] | None) -> DepthSet:
         if isinstance(data, DepthSet):
-            return data
+            return KittiCropped(data) if data.crop == "garg" and not isinstance(data, KittiCropped) else data
         if depths is None:
             raise DataError("Images were given without depths; give fit(images, depths), or a DepthSet.")
         return ArrayDepth(data, depths, min_depth=self.min_depth, max_depth=self.max_depth)

@@ -34,6 +34,7 @@ TRUTH_BYTES = 2 << 30
 """Depth maps are kept in memory up to so much, and read again beyond."""
 NYU_INNER = (45, 472, 43, 608)
 """Rows and columns of NYU's 480×640 images inside their white border."""
+KITTI_SHAPE = (352, 1216)
 MAX_TURN = 2.5
 """Degrees."""
 FP16_MAX = 65504.0
@@ -59,6 +60,42 @@ class Batches(Protocol):
 
     def at(self, step: int) -> Batch:
         """Give the batch of a step, the same at every call."""
+
+
+class KittiCropped(DepthSet):
+    """KITTI's images as depth is trained and scored on them: the lowest 352 rows and the middle 1216 columns.
+
+    Args:
+        data: the whole images.
+    """
+
+    def __init__(self, data: DepthSet) -> None:
+        self.data, self.root = data, data.root
+        self.min_depth, self.max_depth, self.crop = data.min_depth, data.max_depth, data.crop
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def name(self, index: int) -> str:
+        """Give the path of the image."""
+        return self.data.name(index)
+
+    def image(self, index: int) -> Tensor:
+        """Read the part of an image, uint8 (3, h, w)."""
+        return kitti_part(self.data.image(index))
+
+    def depth(self, index: int) -> Tensor:
+        """Read the part of a depth map, float32 (h, w)."""
+        return kitti_part(self.data.depth(index))
+
+
+def kitti_part(plane: Tensor) -> Tensor:
+    """Give the lowest 352 rows and the middle 1216 columns of (…, H, W); what is smaller stays as it is."""
+    (height, width), (rows, columns) = plane.shape[-2:], KITTI_SHAPE
+    if height < rows or width < columns:
+        return plane
+    left = (width - columns) // 2
+    return plane[..., height - rows :, left : left + columns]
 
 
 class ArrayDepth(DepthSet):

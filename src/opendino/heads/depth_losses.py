@@ -30,12 +30,7 @@ def scale_invariant_loss(predicted: Tensor, true: Tensor, max_depth: float, *, m
 
     Source: Eigen et al. 2014, with the weights of AdaBins and of DINOv2's depth evaluation.
     """
-    valid = (true > 0) & (true <= max_depth)
-    g = torch.log(predicted[valid] + EPS) - torch.log(true[valid] + EPS)
-    if mean_only or g.numel() < 2:
-        return math.sqrt(MEAN_WEIGHT) * g.mean().abs()  # the same as sqrt(0.15 mean²), whose gradient is undefined at 0
-    squared: Tensor = g.var() + MEAN_WEIGHT * g.mean() ** 2
-    return squared.clamp_min(1e-16).sqrt()
+    return _invariant(*_log_errors(predicted, true, max_depth), mean_only)
 
 
 def gradient_loss(predicted: Tensor, true: Tensor, max_depth: float) -> Tensor:
@@ -49,15 +44,7 @@ def gradient_loss(predicted: Tensor, true: Tensor, max_depth: float) -> Tensor:
     Meta's code slices the first two axes of a (B, 1, H, W) tensor, that is the batch, and so compares images with each
     other; here the gradient is taken across the image, as the loss is described.
     """
-    total = predicted.new_zeros(())
-    for step in SCALES:
-        p, t = predicted[:, ::step, ::step], true[:, ::step, ::step]
-        valid = (t > 0) & (t <= max_depth)
-        g = torch.log(p + EPS) - torch.log(t.clamp_min(0) + EPS)
-        down = (g[:, 2:] - g[:, :-2]).abs() * (valid[:, 2:] & valid[:, :-2])
-        across = (g[:, :, 2:] - g[:, :, :-2]).abs() * (valid[:, :, 2:] & valid[:, :, :-2])
-        total = total + (down.sum() + across.sum()) / valid.sum().clamp_min(1)
-    return total
+    return _gradients(*_log_errors(predicted, true, max_depth))
 
 
 def depth_loss(predicted: Tensor, true: Tensor, max_depth: float, *, warming_up: bool = False) -> Tensor | None:
@@ -69,7 +56,33 @@ def depth_loss(predicted: Tensor, true: Tensor, max_depth: float, *, warming_up:
         max_depth: of the head, metres.
         warming_up: see `scale_invariant_loss`.
     """
-    if not ((true > 0) & (true <= max_depth)).any():
+    g, valid = _log_errors(predicted, true, max_depth)
+    if not valid.any():
         return None
-    invariant = scale_invariant_loss(predicted, true, max_depth, mean_only=warming_up)
-    return invariant + GRADIENT_WEIGHT * gradient_loss(predicted, true, max_depth)
+    return _invariant(g, valid, warming_up) + GRADIENT_WEIGHT * _gradients(g, valid)
+
+
+def _log_errors(predicted: Tensor, true: Tensor, max_depth: float) -> tuple[Tensor, Tensor]:
+    """Give log prediction − log truth, 0 where there is none, and where there is one as 1 and 0, both (B, H, W)."""
+    valid = ((true > 0) & (true <= max_depth)).to(predicted.dtype)
+    return (torch.log(predicted + EPS) - torch.log(true.clamp_min(0) + EPS)) * valid, valid
+
+
+def _invariant(g: Tensor, valid: Tensor, mean_only: bool) -> Tensor:
+    count = valid.sum()
+    mean = g.sum() / count
+    if mean_only or count < 2:
+        return math.sqrt(MEAN_WEIGHT) * mean.abs()  # the same as sqrt(0.15 mean²), whose gradient is undefined at 0
+    variance = ((g - mean * valid) ** 2).sum() / (count - 1)
+    squared: Tensor = variance + MEAN_WEIGHT * mean**2
+    return squared.clamp_min(1e-16).sqrt()
+
+
+def _gradients(g: Tensor, valid: Tensor) -> Tensor:
+    total = g.new_zeros(())
+    for step in SCALES:
+        e, v = g[:, ::step, ::step], valid[:, ::step, ::step]
+        down = (e[:, 2:] - e[:, :-2]).abs() * (v[:, 2:] * v[:, :-2])
+        across = (e[:, :, 2:] - e[:, :, :-2]).abs() * (v[:, :, 2:] * v[:, :, :-2])
+        total = total + (down.sum() + across.sum()) / v.sum().clamp_min(1)
+    return total

@@ -109,7 +109,7 @@ class Views:
         size: shorter side after resizing, pixels, or (height, width); None leaves the image as it is.
         crop: side of the windows; None gives the whole image.
         stride: pixels between windows.
-        flip: give each window a second time, mirrored left to right before the backbone.
+        flip: also give the windows of the mirrored image.
     """
 
     size: int | tuple[int, int] | None = None
@@ -133,12 +133,19 @@ class Views:
         tops, lefts = (_starts(side, self.crop, self.stride or self.crop) for side in (height, width))
         return [(t, s, min(t + self.crop, height), min(s + self.crop, width)) for t in tops for s in lefts]
 
+    def windows(self, height: int, width: int) -> list[tuple[Box, bool]]:
+        """Give (box in the resized image, mirrored) of every window of an image of height × width pixels."""
+        height, width = self.resized(height, width)
+        found = [(b, False) for b in self.boxes(height, width)]
+        if self.flip:  # windows are laid over the mirrored image from its left
+            found += [((t, width - r, b, width - s), True) for (t, s, b, r), _ in found]
+        return found
+
     def keys(self, image: Tensor) -> list[View]:
         """Give the windows of an image (C, H, W) without making them."""
         pixels = hashlib.sha256(f"{tuple(image.shape)}".encode() + image.contiguous().numpy().tobytes()).hexdigest()
-        boxes = self.boxes(*self.resized(*image.shape[-2:]))
-        flips = (False, True) if self.flip else (False,)
-        return [View(-1, b, f, hashlib.sha256(f"{pixels} {b} {f}".encode()).hexdigest()) for b in boxes for f in flips]
+        windows = self.windows(*image.shape[-2:])
+        return [View(-1, b, f, hashlib.sha256(f"{pixels} {b} {f}".encode()).hexdigest()) for b, f in windows]
 
 
 @dataclass(frozen=True)
@@ -267,7 +274,7 @@ class TokenSet:
         if all(v.key in self._store(v.shape) for v in views):
             return [(v, None) for v in views]
         pixels = normalized(resize_pixels(image, self.how.resized(*image.shape[-2:])), self.model)
-        return [(v, None if v.key in self._store(v.shape) else cut(pixels, v)) for v in views]
+        return [(v, None if v.key in self._store(v.shape) else cut(pixels, v.box, v.flip)) for v in views]
 
     def _run(self, batch: list[tuple[str, Tensor]]) -> None:
         pixels = torch.stack([p for _, p in batch])
@@ -298,10 +305,11 @@ class _Memory:
 
 
 def resize_pixels(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize uint8 (C, H, W) bilinearly without antialiasing, as mmcv's `imresize` does up to one grey level."""
+    """Resize (C, H, W) bilinearly without antialiasing, as mmcv's `imresize` does; uint8 to within one grey level."""
     if tuple(image.shape[-2:]) == size:
         return image
-    return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0].round().to(torch.uint8)
+    resized = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
+    return resized if image.is_floating_point() else resized.round().to(torch.uint8)
 
 
 def normalized(pixels: Tensor, model: VisionTransformer) -> Tensor:
@@ -310,11 +318,11 @@ def normalized(pixels: Tensor, model: VisionTransformer) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def cut(plane: Tensor, view: View) -> Tensor:
-    """Cut the part of a resized image or mask (…, H, W) that a view shows."""
-    top, left, bottom, right = view.box
+def cut(plane: Tensor, box: Box, flip: bool = False) -> Tensor:
+    """Cut a window out of a resized image or mask (…, H, W), mirrored or not."""
+    top, left, bottom, right = box
     part = plane[..., top:bottom, left:right]
-    return part.flip(-1) if view.flip else part
+    return part.flip(-1) if flip else part
 
 
 def _starts(side: int, crop: int, stride: int) -> list[int]:

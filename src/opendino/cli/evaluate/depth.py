@@ -40,7 +40,7 @@ class DepthArgs(BackboneArgs):
     """Images with depth."""
     train_split: str = "train"
     """Part of --data to train on."""
-    split: str = "val"
+    val_split: str = "val"
     """Part of --data and of --transfer to score."""
     head_kind: Literal["lin1", "lin4", "dpt"] = "lin4"
     """Linear on the last block, linear on four blocks, or DPT."""
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def open_set(root: Path, split: str) -> DepthSet:
+def open_set(root: str | Path, split: str) -> DepthSet:
     """Open images with depth."""
     from opendino.evaluate.datasets.folders import open_folder_depth
 
@@ -101,7 +101,7 @@ def run_depth(args: DepthArgs) -> dict[str, Any]:
             f"--fit is {args.fit!r}, but depth is predicted for the whole image: it is never cropped, and --size HxW "
             "gives it another shape. Leave --fit out."
         )
-    sets = {str(root): open_set(root, args.split) for root in (args.data, *args.transfer)}
+    sets = {str(root): open_set(root, args.val_split) for root in (args.data, *args.transfer)}
     training: dict[str, Any] = {}
     with progress() as line:
         if args.head is None:
