@@ -72,3 +72,29 @@ dinov2_vits14_reg_lc = _classifier_entry("vits14_reg")
 dinov2_vitb14_reg_lc = _classifier_entry("vitb14_reg")
 dinov2_vitl14_reg_lc = _classifier_entry("vitl14_reg")
 dinov2_vitg14_reg_lc = _classifier_entry("vitg14_reg")
+
+
+# --- depth: dinov2_vit*14_ld(layers=1 or 4) and _dd (DPT) -------------------------------------------------------------
+
+
+def _depth(name, kind=None, *, layers=4, pretrained=True, weights="NYU", backbone_weights="LVD142M", **settings):
+    ranges = {k: settings.pop(k) for k in ("min_depth", "max_depth") if k in settings}
+    backbone = _backbone(name, pretrained=pretrained, weights=backbone_weights, **settings)
+    from opendino.heads.hub_depth import depth_model
+
+    return depth_model(backbone, name, kind or f"lin{layers}", pretrained=pretrained, weights=weights, **ranges)
+
+
+def _depth_entry(name, kind=None):
+    entry = partial(_depth, name, kind)
+    what = "a DPT head" if kind else "a linear head on 1 or 4 `layers`"
+    entry.__doc__ = (
+        f"Depth by {name} and {what}; `weights`: NYU, KITTI or a file. Images (B, 3, H, W) to metres (B, 1, H, W)."
+    )
+    return entry
+
+
+dinov2_vits14_ld, dinov2_vits14_dd = _depth_entry("vits14"), _depth_entry("vits14", "dpt")
+dinov2_vitb14_ld, dinov2_vitb14_dd = _depth_entry("vitb14"), _depth_entry("vitb14", "dpt")
+dinov2_vitl14_ld, dinov2_vitl14_dd = _depth_entry("vitl14"), _depth_entry("vitl14", "dpt")
+dinov2_vitg14_ld, dinov2_vitg14_dd = _depth_entry("vitg14"), _depth_entry("vitg14", "dpt")

@@ -30,7 +30,8 @@ def commands():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the pages speak of: photos/ (also as tar and Parquet), fields/ of 5 channels, train/ and val/, labelled/,
-    places/, tables, rooms/ and scenes/ with masks, a run, a published file, two pictures."""
+    places/, tables, rooms/ and scenes/ with masks, flat/ and hall/ with depth, a run, a published file, two
+    pictures."""
     root = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     names = [f"{part}/{c}/{i}.jpg" for part in ("train", "val", "labelled/train", "labelled/test") for c in "ab"
@@ -44,6 +45,7 @@ def folder(tmp_path_factory):
     save_places(root)
     save_scenes(root / "rooms")
     save_scenes(root / "scenes")
+    save_depths(root / "flat", root / "hall")
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
     import torch
@@ -97,12 +99,26 @@ def save_places(root):
     (root / "places" / "retrieval.json").write_text(json.dumps({"gallery": photos, "queries": queries}))
 
 
+def save_depths(*roots):
+    """Images with depth, for the page about depth."""
+    for root in roots:
+        for split in ("train", "val"):
+            for part in ("images", "depth"):
+                (root / part / split).mkdir(parents=True)
+            for i in range(2):
+                ramp = np.tile(np.linspace(1000, 4000 + 500 * i, 64), (48, 1))
+                Image.fromarray(ramp.astype(np.uint16)).save(root / "depth" / split / f"{i}.png")
+                Image.fromarray((ramp / 25).astype(np.uint8)).save(root / "images" / split / f"{i}.png")
+
+
 @pytest.mark.parametrize("words", commands())
 def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     args = words[1:]
     if args[0] == "pretrain":
         args = [*args, *SMALL]
+    if args[:2] == ["eval", "depth"] and "--head" not in args:
+        args = [*args, "--steps", "2"]
     if args[0] == "pretrain" and "--out" in args:
         args[args.index("--out") + 1] = str(tmp_path / "run")
     elif "--out" in args:
