@@ -20,7 +20,7 @@ from opendino.finetune.augment import Cut, cut_image, cut_mask, draw_cut
 from opendino.finetune.probe import class_shares, fit_shares, probe_classes, probe_pixels
 from opendino.finetune.settings import FLOOR, FinetuneSettings, learning_rate
 from opendino.finetune.storage import read_linear, write_head
-from opendino.finetune.tasks import Classification, Segmentation, confusion, mean_iou
+from opendino.finetune.tasks import Classification, Segmentation
 from opendino.finetune.trainer import open_run, train, write_result
 from opendino.images.preprocess import Preprocess
 from opendino.images.sources import open_source
@@ -265,23 +265,6 @@ def test_fit_to_shares_agrees_with_scikit_learn():
 def test_shares_of_classes_by_hand():
     mask = torch.tensor([[0, 1, 2, 255], [0, 0, 255, 255]], dtype=torch.uint8)
     assert class_shares(mask, (1, 2), 3).tolist() == [[0.75, 0.25, 0], [0, 0, 0.25]]
-
-
-def test_iou_by_hand_and_by_torchmetrics():
-    from torchmetrics.functional.classification import multiclass_jaccard_index
-
-    true = torch.tensor([[0, 0, 1], [1, 1, 255]], dtype=torch.uint8)
-    found = torch.tensor([[0, 1, 1], [1, 0, 2]])
-    counts = confusion(found, true, 3)
-    assert counts.tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
-    assert mean_iou(counts) == pytest.approx((1 / 3 + 2 / 4) / 2, abs=1e-9)  # class 2 occurs nowhere
-    rng = np.random.default_rng(0)
-    true = torch.tensor(rng.choice([0, 1, 2, 3, 255], (30, 30)), dtype=torch.uint8)
-    found = torch.tensor(rng.integers(0, 4, (30, 30)))
-    other = multiclass_jaccard_index(found, true.long(), 4, ignore_index=255).item()
-    assert mean_iou(confusion(found, true, 4)) == pytest.approx(other, abs=1e-6)
-    with pytest.raises(DataError, match="No pixel"):
-        mean_iou(torch.zeros(3, 3, dtype=torch.long))
 
 
 def mask_folder(root, n=6, size=(30, 36)):

@@ -11,7 +11,7 @@ from PIL import Image
 from opendino.cli.evaluate import main
 from opendino.errors import ConfigError, DataError, WeightsError
 from opendino.evaluate.datasets.robustness_sets import corruption_folders, open_indexed, open_named, open_real
-from opendino.evaluate.plain_logistic import fit_logistic
+from opendino.evaluate.logistic import fit_logistic
 from opendino.evaluate.robustness import ALEXNET_ERROR, CORRUPTIONS, best_ranks, corruption_error, topk
 from opendino.models.config import PreprocessSpec, ViTConfig
 from opendino.models.vit import VisionTransformer
@@ -100,27 +100,6 @@ def test_corruption_error_of_a_part_and_of_other_corruptions():
     assert corruption_error({"rain": {1: 90.0}, "dusk": {1: 10.0, 2: 30.0}})["mean_error"] == 55.0
     with pytest.raises(DataError):
         corruption_error({})
-
-
-@pytest.mark.parametrize("num_classes", [2, 3])
-def test_plain_logistic_is_that_of_scikit_learn_on_standardised_features(num_classes):
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    rng = np.random.default_rng(0)
-    y = np.arange(60) % num_classes
-    x = rng.normal(size=(60, 5)) * [1, 10, 0.1, 1, 0] + y[:, None]  # the last feature is the class itself
-    weight, bias = fit_logistic(x, y, num_classes)
-    scores = x @ weight.T + bias
-    probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x, y)
-    np.testing.assert_allclose(probabilities, pipeline.predict_proba(x), atol=1e-6)
-
-
-def test_plain_logistic_refuses_a_class_without_rows():
-    with pytest.raises(DataError, match="1 have none"):
-        fit_logistic(np.eye(3), [0, 0, 1], 3)
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -318,7 +297,8 @@ def test_a_head_file_on_own_sets(imagenet, tmp_path, capsys):
     source = open_source(imagenet / "train")
     cls, mean, _ = pooled_features(embedder, source, None)
     both = np.concatenate([cls[:, -1], mean], axis=1)
-    weight, bias = fit_logistic(both, source.labels, 12, c=100)
+    fitted = fit_logistic(both, source.label_ids(), 100)
+    weight, bias = fitted.weight.numpy(), fitted.bias.numpy()
     order = list(reversed(range(12)))  # the head's classes are in an order of their own
     tensors = {"weight": torch.tensor(weight[order]), "bias": torch.tensor(bias[order])}
     settings = {"classes": [WNIDS[c] for c in order], "state": {"kind": [1, True]}}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opendino.evaluate.datasets.types import IGNORE
-from opendino.evaluate.plain_logistic import fit_logistic
+from opendino.evaluate.logistic import fit_logistic
 from opendino.finetune.storage import read_linear
 from opendino.finetune.tasks import Segmentation, read_pair
 from opendino.heads.storage import check_backbone
@@ -67,11 +67,11 @@ def probe_classes(train_x: Any, train_y: Any, val_x: Any, val_y: Any, num_classe
     """Fit logistic regressions on frozen features (n, D) and keep the best on the validation images."""
     best: Probe | None = None
     for c in PENALTIES:
-        weight, bias = fit_logistic(train_x, train_y, num_classes, c=c)
-        found = (np.asarray(val_x, dtype=np.float64) @ weight.T + bias).argmax(1)
+        fitted = fit_logistic(np.asarray(train_x), np.asarray(train_y), c, num_classes=num_classes)
+        found = fitted.logits(np.asarray(val_x)).argmax(1).numpy()
         score = 100 * float((found == np.asarray(val_y)).mean())
         if best is None or score > best.score:
-            best = Probe(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), score, c)
+            best = Probe(fitted.weight.float(), fitted.bias.float(), score, c)
     assert best is not None
     return best
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from opendino.errors import DataError
 from opendino.evaluate.datasets.types import IGNORE, SegmentationSet
+from opendino.evaluate.segmentation import PixelConfusion
 from opendino.finetune.augment import cut_image, cut_mask, draw_cut
 from opendino.finetune.settings import FinetuneSettings
 from opendino.images.ahead import map_ahead
@@ -171,15 +172,15 @@ class Segmentation(Task):
     @torch.inference_mode()
     def score(self, model: VisionTransformer, head: nn.Module, batch_size: int) -> float:
         """Give the mean intersection over union, percent."""
-        device, counts = model.cls_token.device, torch.zeros(len(self.classes), len(self.classes), dtype=torch.long)
+        device, counts = model.cls_token.device, PixelConfusion(len(self.classes))
         pairs = map_ahead(lambda i: read_pair(self.val, i), range(len(self.val)), self.workers, 2 * batch_size)
         model.eval()
         while batch := list(islice(pairs, batch_size)):
             images = torch.stack([self.preprocess.of_file(pixels) for pixels, _ in batch]).to(device)
             for logits, (_, mask) in zip(self.logits(model, head, images), batch, strict=True):
                 whole = F.interpolate(logits[None], mask.shape, mode="bilinear", align_corners=False)
-                counts += confusion(whole[0].argmax(0).cpu(), mask, len(self.classes))
-        return 100 * mean_iou(counts)
+                counts.add(whole[0].argmax(0), mask)
+        return counts.scores().miou
 
 
 def read_pair(data: SegmentationSet, index: int) -> Sample:
@@ -195,23 +196,3 @@ def read_pair(data: SegmentationSet, index: int) -> Sample:
             f"{tuple(mask.shape)}; they must be alike."
         )
     return pixels, mask
-
-
-def confusion(found: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by true (row) and found (column) class, (C, C) int64, where the mask counts."""
-    counts = mask != IGNORE
-    pairs = mask[counts].long() * num_classes + found[counts].long()
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def mean_iou(counts: Tensor) -> float:
-    """Give the mean over the classes that occur of intersection / union, 0 to 1.
-
-    Raises:
-        DataError: when no pixel counts.
-    """
-    same = counts.diagonal().double()
-    union = counts.sum(0) + counts.sum(1) - same
-    if not (union > 0).any():
-        raise DataError("No pixel of the validation masks counts; all have the value 255.")
-    return float((same / union)[union > 0].mean())

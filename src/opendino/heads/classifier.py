@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opendino.errors import ConfigError
-from opendino.evaluate.knn import nearest, vote
+from opendino.evaluate.knn import vote
 from opendino.evaluate.linear import AVERAGES, BATCH, BLOCKS, RATES, FixedBatches, grid_settings, train_grid
 from opendino.evaluate.linear_grid import Kind, LinearModel
 from opendino.evaluate.logistic import DEFAULT_C, LogisticRegression, choose_c, fit_logistic, hold_out
+from opendino.evaluate.neighbours import nearest
 from opendino.heads.backbone import Backbone, Rows, describe_images, make_pooled_embedder, reference_to
 from opendino.heads.classifier_base import Array, Classifier
 

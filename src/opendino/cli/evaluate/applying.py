@@ -85,14 +85,21 @@ def open_classifier(args: ClassifierArgs, embedder: Embedder) -> Classifier:
 
 
 def _fit(args: ClassifierArgs, embedder: Embedder) -> Classifier:
-    from opendino.evaluate.plain_logistic import fit_logistic
-    from opendino.images.sources import open_source
+    from opendino.evaluate.datasets.detect import open_labelled
+    from opendino.evaluate.logistic import fit_logistic
 
     assert args.train is not None
-    source = open_source(args.train)
+    source = open_labelled(args.train)
     classes = check_classes({"train": source})
     train = labelled_features(args, embedder, {"train": source}, classes)["train"]
-    weight, bias = fit_logistic(train.last, train.labels, len(classes), c=args.penalty)
+    empty = sorted(set(classes) - {classes[i] for i in train.labels})
+    if empty:
+        raise DataError(
+            f"{len(empty)} classes of --train have no readable image: {', '.join(empty[:10])}. Mend their images or "
+            "take the classes out."
+        )
+    fitted = fit_logistic(train.last, train.labels, args.penalty, num_classes=len(classes), device=embedder.device)
+    weight, bias = fitted.weight.cpu().numpy(), fitted.bias.cpu().numpy()
     return Classifier(classes, weight, bias, 1, False, f"logistic regression on {len(train.labels)} images")
 
 

@@ -89,9 +89,9 @@ def main(argv: list[str]) -> int:
 
 def open_set(root: str | Path, split: str) -> DepthSet:
     """Open images with depth."""
-    from opendino.evaluate.datasets.folders import open_folder_depth
+    from opendino.evaluate.datasets.detect import open_depth
 
-    return open_folder_depth(root, split)
+    return open_depth(root, split)
 
 
 def run_depth(args: DepthArgs) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import numpy as np
 import tyro
 
 from opendino.cli.evaluate.common import (
-    BackboneArgs,
     Labelled,
+    LabelledArgs,
     cache_folder,
     check_classes,
     labelled_features,
+    open_labelled,
     pooled_embedder,
 )
 from opendino.cli.evaluate.logreg import print_scores, write_mistakes
@@ -45,13 +46,9 @@ A killed run goes on where its state was last saved (in --cache)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearArgs(BackboneArgs):
+class LinearArgs(LabelledArgs):
     """Arguments of `opendino eval linear`."""
 
-    train: Path
-    """Labelled images to train on."""
-    val: Path
-    """Labelled images on which the best classifier is picked."""
     test: Path | None = None
     """Labelled images on which the picked classifier is scored too."""
     features: Literal["cached", "augmented"] = "cached"
@@ -88,11 +85,11 @@ def main(argv: list[str]) -> int:
 def run_linear(args: LinearArgs) -> dict[str, Any]:
     """Train the grid, pick on --val and score; see `opendino.evaluate.linear`."""
     from opendino.evaluate.classification import class_scores
-    from opendino.images.sources import open_source
+    from opendino.evaluate.datasets import detect
 
-    sources = {"train": open_source(args.train), "val": open_source(args.val)}
+    sources = open_labelled(args)
     if args.test:
-        sources["test"] = open_source(args.test)
+        sources["test"] = detect.open_labelled(args.test)
     classes = check_classes(sources)
     embedder = pooled_embedder(args)
     embedded = {name: s for name, s in sources.items() if name != "train" or args.features == "cached"}

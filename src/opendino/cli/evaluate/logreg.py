@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import tyro
 
-from opendino.cli.evaluate.common import BackboneArgs, Labelled, check_classes, labelled_features, pooled_embedder
+from opendino.cli.evaluate.common import (
+    Labelled,
+    LabelledArgs,
+    check_classes,
+    labelled_features,
+    open_labelled,
+    pooled_embedder,
+)
 
 if TYPE_CHECKING:
     from opendino.evaluate.classification import ClassificationScores
@@ -31,13 +38,9 @@ or Parquet files with labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogregArgs(BackboneArgs):
+class LogregArgs(LabelledArgs):
     """Arguments of `opendino eval logreg`."""
 
-    train: Path
-    """Labelled images to fit on."""
-    val: Path
-    """Labelled images that are classified."""
     c_values: tuple[float, ...] = ()
     """Values of C to choose from; default: 45 from 1e-6 to 1e5. A single one is taken as it is."""
     n_per_class: tuple[int, ...] = ()
@@ -67,9 +70,8 @@ def main(argv: list[str]) -> int:
 
 def run_logreg(args: LogregArgs) -> dict[str, Any]:
     """Embed both sets, choose C, fit and score; see `opendino.evaluate.logistic`."""
-    from opendino.images.sources import open_source
 
-    sources = {"train": open_source(args.train), "val": open_source(args.val)}
+    sources = open_labelled(args)
     classes = check_classes(sources)
     embedder = pooled_embedder(args)
     parts = labelled_features(args, embedder, sources, classes)

@@ -93,9 +93,9 @@ def main(argv: list[str]) -> int:
 
 def open_set(root: Path, split: str) -> SegmentationSet:
     """Open one part of the data."""
-    from opendino.evaluate.datasets.folders import open_folder_masks
+    from opendino.evaluate.datasets.detect import open_segmentation
 
-    return open_folder_masks(root, split)
+    return open_segmentation(root, split)
 
 
 def run_segmentation(args: SegmentationArgs) -> dict[str, Any]:

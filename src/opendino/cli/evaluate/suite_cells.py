@@ -260,7 +260,7 @@ def _transfer(args: SuiteArgs, place: Place, teacher: Place, settings: dict[str,
         head = args.out / "heads" / f"depth--{teacher.name.replace('/', '_')}.safetensors"
         if not head.is_file():
             run_depth(DepthArgs(**shared(args), **_splits(teacher), **settings, save_head=head))
-        return run_depth(DepthArgs(**shared(args), data=place.root, val_split=place.score, head=head))
+        return run_depth(DepthArgs(**shared(args), data=place.root, val_split=str(place.score), head=head))
 
     figure = Figure(f"depth, transfer from {teacher.name}", "RMSE, m", lambda r: r["rmse"], lower_is_better=True)
     return Cell("transfer", place, transfer, (figure,), settings | {"from": teacher.name}, "head untouched")
