@@ -255,9 +255,15 @@ class _Problem:
     def _direction(
         self, gradient: Tensor, curvature: Tensor, probabilities: list[Tensor], penalty: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Solve H·d = −gradient by conjugate gradients, scaled by H's diagonal; gives d and −gradient·d."""
+        """Solve H·d = −gradient by conjugate gradients; gives d and −gradient·d.
+
+        Scaled by H's diagonal, within the steps that sum to 0 over the classes: the solution does, and all others only
+        have the penalty's small curvature.
+        """
         direction, residual = torch.zeros_like(gradient), -gradient
-        scaled = residual / curvature
+        inverse = 1 / curvature
+        share = inverse / inverse.sum(1, keepdim=True)
+        scaled = residual * inverse - share * (residual * inverse).sum(1, keepdim=True)
         search, product = scaled, (residual * scaled).sum()
         first = product
         for _ in range(MAX_INNER):
@@ -266,7 +272,7 @@ class _Problem:
             along = self._hessian(search, probabilities, penalty)
             size = product / (search * along).sum()
             direction, residual = direction + size * search, residual - size * along
-            scaled = residual / curvature
+            scaled = residual * inverse - share * (residual * inverse).sum(1, keepdim=True)
             before, product = product, (residual * scaled).sum()
             # Closer as the gradient falls, for convergence faster than linear; but not into the rounding.
             if product <= first * min(max(float(first) ** 0.5, 1e-6), 0.25):
