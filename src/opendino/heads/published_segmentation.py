@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,19 @@ def _blocks(path: Path, width: int, model: VisionTransformer) -> int:
 
 def _numpy_parts() -> list[Any]:
     """What a pickled array of numbers is made of, under the names that old and new numpy write."""
-    rebuild: Any = getattr(np, "_core", None) or np.core
+    multiarray: Any = (getattr(np, "_core", None) or np.core).multiarray
     parts: list[Any] = [np.ndarray, np.dtype, codecs.encode]
     parts += [type(np.dtype(kind)) for kind in ("u1", "i4", "i8", "f4", "f8")]
-    for function in (rebuild.multiarray._reconstruct, rebuild.multiarray.scalar):
-        parts += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
+    for name in ("_reconstruct", "scalar"):
+        parts += [_named(f"numpy.{core}.multiarray", name, getattr(multiarray, name)) for core in ("core", "_core")]
     return parts
+
+
+def _named(module: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function that torch's list of safe things knows as `module.name`; older torch takes no other names."""
+
+    def called(*args: Any) -> Any:
+        return function(*args)
+
+    called.__module__, called.__name__, called.__qualname__ = module, name, name
+    return called
