@@ -275,6 +275,12 @@ class AugmentedBatches:
         crop: (height, width) of the crops; None follows the data set (`crop_size`).
         precision: of the backbone.
         workers: threads that read and augment.
+
+    Attributes:
+        errors: index → why an image could not be read when it was drawn; nothing is learnt from it.
+
+    Raises:
+        DataError: when no image can be read.
     """
 
     def __init__(
@@ -285,10 +291,11 @@ class AugmentedBatches:
         self.model, self.blocks, self.norm, self.truths, self.usable = model, blocks, norm, truths, list(usable)
         self.seed, self.size, self.precision, self.workers = seed, size, precision, workers
         self.order = Order([0] * len(self.usable), batch_size, seed)
-        self.crop = crop
-        if crop is None:
-            first = self._sized(self.usable[0])[0]
-            self.crop = crop_size((first.shape[-2], first.shape[-1]), truths.data.crop)
+        self.errors: dict[int, str] = {}
+        first = next((s for i in self.usable if (s := self._sized(i)) is not None), None)
+        if first is None:
+            raise DataError(f"No image of {truths.data.root} could be read; the first: {self.errors[self.usable[0]]}")
+        self.crop = crop or crop_size((first[1].shape[0], first[1].shape[1]), truths.data.crop)
 
     def at(self, step: int) -> Batch:
         """Give the batch of a step."""
@@ -300,9 +307,13 @@ class AugmentedBatches:
             patches, cls = block_tokens(self.model, images, self.blocks, self.norm)
         return Batch(patches, cls, torch.stack([depth for _, depth in made]).to(where.device))
 
-    def _sized(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read an image and its depth, both at the size that is trained at."""
-        image, depth = self.truths.data.image(index), self.truths.depth(index)
+    def _sized(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Read an image and its depth, both at the size that is trained at; None, and a word in `errors`, if not."""
+        try:
+            image, depth = self.truths.data.image(index), self.truths.depth(index)
+        except (OpendinoError, OSError) as error:
+            self.errors[index] = str(error) or type(error).__name__
+            return None
         height, width = image.shape[-2:]
         if isinstance(self.size, int):
             scale = self.size / min(height, width)
@@ -315,9 +326,10 @@ class AugmentedBatches:
 
     def _sample(self, row: int, step: int, place: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, SAMPLE_STREAM, step, place])
-        image, depth = self._sized(self.usable[row])
-        assert self.crop is not None
-        image, depth = augment(image, depth, rng, self.crop, self.truths.data.crop)
+        found = self._sized(self.usable[row])
+        if found is None:  # a grey image of unknown depth, from which nothing is learnt
+            return torch.zeros(self.model.config.in_chans, *self.crop), torch.zeros(self.crop)
+        image, depth = augment(*found, rng, self.crop, self.truths.data.crop)
         missing = [self.crop[1] - image.shape[-1], self.crop[0] - image.shape[-2]]
         pad = [0, max(missing[0], 0), 0, max(missing[1], 0)]
         return F.pad(normalized(image, self.model), pad), F.pad(depth, pad)
