@@ -15,7 +15,8 @@ from opendino.errors import ConfigError, DataError, WeightsError
 from opendino.evaluate.datasets.folders import open_folder_depth
 from opendino.heads import depth_training
 from opendino.heads.depth import DepthEstimator
-from opendino.heads.depth_data import ArrayDepth, KittiCropped, Order, Truths, augment, crop_size, kitti_part
+from opendino.heads.depth_augment import augment, crop_size
+from opendino.heads.depth_data import ArrayDepth, KittiCropped, Order, Truths, kitti_part
 from opendino.heads.depth_losses import depth_loss, gradient_loss, scale_invariant_loss
 from opendino.heads.depth_modules import DepthModel, LinearDepthHead, depth_blocks, make_depth_head
 from opendino.heads.depth_training import DepthRecipe

@@ -24,9 +24,9 @@ from opendino.embed.resume import weights_fingerprint
 from opendino.errors import ConfigError, DataError, OpendinoError, WeightsError
 from opendino.evaluate.datasets.types import DepthSet
 from opendino.evaluate.depth import DepthScore
+from opendino.heads.depth_augment import AugmentedBatches
 from opendino.heads.depth_data import (
     ArrayDepth,
-    AugmentedBatches,
     CachedBatches,
     KittiCropped,
     RawTokenSet,
