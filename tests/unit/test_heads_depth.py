@@ -15,7 +15,8 @@ from opendino.errors import ConfigError, DataError, WeightsError
 from opendino.evaluate.datasets.folders import open_folder_depth
 from opendino.heads import depth_training
 from opendino.heads.depth import DepthEstimator
-from opendino.heads.depth_data import ArrayDepth, KittiCropped, Order, Truths, augment, crop_size, kitti_part
+from opendino.heads.depth_augment import augment, crop_size
+from opendino.heads.depth_data import ArrayDepth, KittiCropped, Order, Truths, kitti_part
 from opendino.heads.depth_losses import depth_loss, gradient_loss, scale_invariant_loss
 from opendino.heads.depth_modules import DepthModel, LinearDepthHead, depth_blocks, make_depth_head
 from opendino.heads.depth_training import DepthRecipe
@@ -310,10 +311,11 @@ def test_maps_without_depth_and_unreadable_files_are_left_out_and_named(model, t
     (tmp_path / "images" / "train" / "1.png").write_bytes(b"no image")
     (tmp_path / "depth" / "train" / "2.png").write_bytes(b"no depth")
     data = open_folder_depth(tmp_path, "train")
-    fitted = DepthEstimator(model, "lin1", **SMALL).fit(data)
-    why = {name.rsplit("/", 1)[1]: reason for name, reason in fitted.left_out_}
-    assert set(why) == {"0.png", "1.png", "2.png"}
-    assert "no pixel" in why["0.png"]
+    for features in ("augmented", "cached"):
+        fitted = DepthEstimator(model, "lin1", features=features, **SMALL).fit(data)
+        why = {name.rsplit("/", 1)[1]: reason for name, reason in fitted.left_out_}
+        assert set(why) == {"0.png", "1.png", "2.png"}
+        assert "no pixel" in why["0.png"]
     scores = fitted.score(data)
     assert (scores["num_images"], scores["without_valid_depth"], scores["unreadable"]) == (3, 1, 2)
     assert Truths(data).empty == [0]

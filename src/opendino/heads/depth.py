@@ -24,16 +24,16 @@ from opendino.embed.resume import weights_fingerprint
 from opendino.errors import ConfigError, DataError, OpendinoError, WeightsError
 from opendino.evaluate.datasets.types import DepthSet
 from opendino.evaluate.depth import DepthScore
+from opendino.heads.depth_augment import AugmentedBatches
 from opendino.heads.depth_data import (
     ArrayDepth,
-    AugmentedBatches,
     CachedBatches,
     KittiCropped,
     RawTokenSet,
     Truths,
 )
 from opendino.heads.depth_modules import DPT_CHANNELS, DepthModel, HeadKind, block_tokens, depth_blocks, make_depth_head
-from opendino.heads.depth_training import DepthRecipe, OnStep, train_head
+from opendino.heads.depth_training import DepthRecipe, OnStep, default_lr, train_head
 from opendino.heads.storage import check_backbone, describe_backbone, load_head, save_head
 from opendino.heads.tokens import TokenSet, Views, frozen, normalized, resize_pixels
 from opendino.models.vit import VisionTransformer
@@ -75,7 +75,7 @@ class DepthEstimator:
             the backbone at each step, as published.
         steps: updates of `fit`; 38 400 in the published training, with features="augmented" and lr=1e-4.
         batch_size: images in a step; 16 there.
-        lr: highest learning rate.
+        lr: highest learning rate; None is 1e-2 for linear heads and 1e-3 for DPT, which suit a short training.
         weight_decay: of AdamW.
         seed: decides `fit` together with data and settings.
         crop: (height, width) of augmented crops; None follows the data set.
@@ -102,7 +102,7 @@ class DepthEstimator:
     def __init__(
         self, backbone: VisionTransformer | str | Path, head: HeadKind = "lin4", *, min_depth: float = 1e-3,
         max_depth: float = 10.0, size: int | tuple[int, int] | None = None, flip: bool = True, norm: bool = False,
-        features: FeatureMode = "cached", steps: int = 2000, batch_size: int = 16, lr: float = 1e-3,
+        features: FeatureMode = "cached", steps: int = 2000, batch_size: int = 16, lr: float | None = None,
         weight_decay: float = 0.01, seed: int = 0, crop: tuple[int, int] | None = None, channels: int = DPT_CHANNELS,
         cache: str | Path | None = None, weights: str | Path | None = None, device: str | torch.device | None = None,
         precision: str = "auto", batch: int = 8, workers: int | None = None,
@@ -114,7 +114,7 @@ class DepthEstimator:
         self.head: HeadKind = head
         self.min_depth, self.max_depth, self.size, self.flip, self.norm = min_depth, max_depth, size, flip, norm
         self.features, self.crop, self.channels = features, crop, channels
-        self.recipe = DepthRecipe(steps, batch_size, lr, weight_decay, seed)
+        self.recipe = DepthRecipe(steps, batch_size, default_lr(head) if lr is None else lr, weight_decay, seed)
         self.cache, self.precision, self.batch = cache, precision, batch
         self.workers = min(os.cpu_count() or 1, 8) if workers is None else workers
         self.model_: DepthModel | None = None
@@ -144,13 +144,13 @@ class DepthEstimator:
         data = self._as_set(data, depths)
         truths = Truths(data, self.workers)
         batches, unreadable = self._batches(data, truths, on_images)
-        self.left_out_ = [(data.name(i), why) for i, why in sorted((truths.errors | unreadable).items())]
-        self.left_out_ += [(data.name(i), "no pixel with a depth in the range") for i in truths.empty]
         model = self._fresh_model()
         self.losses_ = train_head(
             model.decode_head, batches, self.recipe, self.max_depth, described=self._described(data),
             state=None if state is None else Path(state), on_step=on_step,
         )  # fmt: skip
+        self.left_out_ = [(data.name(i), why) for i, why in sorted((truths.errors | unreadable).items())]
+        self.left_out_ += [(data.name(i), "no pixel with a depth in the range") for i in truths.empty]
         self.model_ = model
         return self
 
@@ -164,10 +164,11 @@ class DepthEstimator:
             _check_usable(data, truths, usable)
             return CachedBatches(tokens, truths, recipe.batch_size, recipe.seed), tokens.errors
         _check_usable(data, truths, set(truths.shapes))
-        return AugmentedBatches(
+        drawn = AugmentedBatches(
             self.backbone, self.blocks, self.norm, truths, sorted(truths.shapes), recipe.batch_size, recipe.seed,
             size=self.size, crop=self.crop, precision=self.precision, workers=self.workers,
-        ), {}  # fmt: skip
+        )  # fmt: skip
+        return drawn, drawn.errors
 
     # --- predicting --------------------------------------------------------------------------------------------------
 

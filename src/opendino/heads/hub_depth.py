@@ -65,6 +65,6 @@ def open_depth_head(
         min_depth: metres, for a released file.
         settings: of the constructor of `DepthEstimator`.
     """
-    if Path(path).suffix == ".safetensors":
+    if Path(path).suffix not in (".pth", ".pt", ".bin"):
         return DepthEstimator.load(path, backbone, **settings)
     return load_published_depth(path, backbone, max_depth=max_depth, min_depth=min_depth, **settings)

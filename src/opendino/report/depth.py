@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ class DepthExample:
     truth: Depth
     prediction: Depth
     errors: Mapping[str, float]
+
+
+def check_extra() -> None:
+    """Say at once, not after an hour of training, that a page cannot be written.
+
+    Raises:
+        MissingExtraError: naming what to install.
+    """
+    for package in ("matplotlib", "jinja2"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "report", "A page of depth")
 
 
 def depth_row(example: DepthExample, low: float, high: float) -> bytes:
@@ -91,10 +103,8 @@ def _scaled(depth: Depth, near: float, far: float) -> Depth:
 
 
 def _coloured(values: Depth, name: str, known: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.uint8]:
-    try:
-        from matplotlib import colormaps
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "report", "A page of depth") from error
+    from matplotlib import colormaps
+
     rgb: npt.NDArray[np.uint8] = colormaps[name](np.asarray(values, np.float64), bytes=True)[..., :3].copy()
     if known is not None:
         rgb[~known] = 128

@@ -56,8 +56,8 @@ class DepthArgs(BackboneArgs):
     """Updates; the published training has 38400, with --features augmented --lr 1e-4."""
     batch_size: int = 16
     """Images in a step."""
-    lr: float = 1e-3
-    """Highest learning rate."""
+    lr: float | None = None
+    """Highest learning rate; default: 1e-2 for linear heads, 1e-3 for dpt."""
     weight_decay: float = 0.01
     """Of AdamW."""
     seed: int = 0
@@ -101,6 +101,10 @@ def run_depth(args: DepthArgs) -> dict[str, Any]:
             f"--fit is {args.fit!r}, but depth is predicted for the whole image: it is never cropped, and --size HxW "
             "gives it another shape. Leave --fit out."
         )
+    if args.page is not None:
+        from opendino.report.depth import check_extra
+
+        check_extra()
     sets = {str(root): open_set(root, args.val_split) for root in (args.data, *args.transfer)}
     training: dict[str, Any] = {}
     with progress() as line:
