@@ -208,13 +208,13 @@ def _classification(args: FinetuneArgs) -> tuple[VisionTransformer, Task, Probe,
 def _segmentation(args: FinetuneArgs) -> tuple[VisionTransformer, Task, Probe, dict[str, Any]]:
     from opendino.cli.embed import images_progress, show
     from opendino.embed.resume import weights_fingerprint
-    from opendino.evaluate.datasets.folders import open_folder_masks
+    from opendino.evaluate.datasets.detect import open_segmentation
     from opendino.finetune.probe import probe_pixels, saved_probe
     from opendino.finetune.tasks import Segmentation
     from opendino.images.preprocess import Preprocess
 
     assert args.masks is not None
-    train, val = (open_folder_masks(args.masks, split) for split in args.splits)
+    train, val = (open_segmentation(args.masks, split) for split in args.splits)
     embedder = pooled_embedder(args)
     model = embedder.model
     # Masks are of whole images, so images are resized and not cut.
