@@ -137,8 +137,9 @@ def write_table(args: SuiteArgs, cells: Sequence[Cell], results: Sequence[dict[s
     """Write table.md, table.json and index.html, and give what table.json holds."""
     from opendino.report.suite import markdown_table, write_suite_page
 
-    columns = tabulate(args.model, cells, results)
-    rows = [args.model, *COLUMNS[0].scores]
+    own = Path(args.model).name or args.model
+    columns = tabulate(own, cells, results)
+    rows = [own, *COLUMNS[0].scores]
     failed = {f"{r['task']} on {r['data']}": r["error"] for r in results if "error" in r}
     report = {
         "model": args.model,
@@ -153,7 +154,7 @@ def write_table(args: SuiteArgs, cells: Sequence[Cell], results: Sequence[dict[s
         "they compare with a figure on another set in nothing but the protocol.",
         *(f"Failed: {what}: {why}" for what, why in failed.items()),
     ]
-    write_suite_page(args.out / "index.html", f"{args.model}: evaluation", rows, columns, notes)
+    write_suite_page(args.out / "index.html", f"{own}: evaluation", rows, columns, notes)
     return report
 
 
