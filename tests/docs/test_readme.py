@@ -4,6 +4,7 @@
 import json
 import re
 import shlex
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def folder(tmp_path_factory):
     save_depths(root / "flat", root / "hall")
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
+    shutil.copytree(root / "run", root / "demo" / "run-seed0")
+    shutil.copytree(root / "labelled", root / "demo" / "data" / "labelled")
     import torch
 
     import opendino
