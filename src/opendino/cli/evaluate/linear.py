@@ -94,14 +94,22 @@ def run_linear(args: LinearArgs) -> dict[str, Any]:
     embedder = pooled_embedder(args)
     embedded = {name: s for name, s in sources.items() if name != "train" or args.features == "cached"}
     parts = labelled_features(args, embedder, embedded, classes)
-    grid, report = _train(args, embedder, sources["train"], parts.get("train"), len(classes))
+    grid, report, state = _train(args, embedder, sources["train"], parts.get("train"), len(classes))
     val, models = parts["val"], grid.models
     top1 = grid.top1(val.cls, val.mean, val.labels).tolist()
     best = models[int(np.argmax(top1))]
+    rates = sorted({m.rate for m in models})
+    edge = "" if len(rates) == 1 else {rates[0]: "lowest", rates[-1]: "highest"}.get(best.rate, "")
     scores = class_scores(best.logits(val.cls, val.mean), val.labels, classes)
     result = scores.summary() | report
     result |= {
-        "best": {"name": best.name, "blocks": best.kind.blocks, "average": best.kind.average, "rate": best.rate},
+        "best": {
+            "name": best.name,
+            "blocks": best.kind.blocks,
+            "average": best.kind.average,
+            "rate": best.rate,
+            "edge": edge,
+        },
         "grid": [{"name": m.name, "top1": share} for m, share in zip(models, top1, strict=True)],
         "per_class": scores.by_class(),
         "num_val": len(val.labels),
@@ -122,13 +130,15 @@ def run_linear(args: LinearArgs) -> dict[str, Any]:
     if args.page:
         write_mistakes(args.page, f"Linear classifier: {best.name}", scores, sources["val"], val.paths)
         result["page"] = str(args.page)
+    if state is not None:
+        state.unlink(missing_ok=True)
     return result
 
 
 def _train(
     args: LinearArgs, embedder: Embedder, source: ImageSource, train: Labelled | None, num_classes: int
-) -> tuple[Grid, dict[str, Any]]:
-    """Train or go on, with a progress line; gives the grid and what the output says about the training."""
+) -> tuple[Grid, dict[str, Any], Path | None]:
+    """Train or go on, with a progress line; gives the grid, what the output says about it, and its state file."""
     from opendino.cli.embed import images_progress
     from opendino.evaluate.linear import RATES, grid_settings, state_key, train_grid
 
@@ -157,13 +167,12 @@ def _train(
         unreadable: dict[str, str] = getattr(batches, "unreadable", {})
         for path, why in unreadable.items():
             bar.console.print(f"left out {path}: {why}", highlight=False, markup=False)
-    if state is not None:
-        state.unlink(missing_ok=True)
-    return grid, {
+    report = {
         "features": args.features, "steps": settings.steps, "batch_size": settings.batch_size,
         "num_train": len(batches), "passes": settings.steps * settings.batch_size / len(batches),
         "errors": len(unreadable),
     }  # fmt: skip
+    return grid, report, state
 
 
 def _batches(args: LinearArgs, embedder: Embedder, source: ImageSource, train: Labelled | None) -> Batches:
@@ -188,6 +197,10 @@ def print_result(args: LinearArgs, result: dict[str, Any]) -> None:
     if args.features == "cached":
         print("Each image was embedded once; --features augmented trains on random crops as the paper does.")
     print(f"best on --val: {result['best']['name']}")
+    if result["best"]["edge"]:
+        print(
+            f"Its rate is the {result['best']['edge']} of the grid: others (--rates), or more --steps, may be better."
+        )
     print_scores(result)
     if "test" in result:
         print(f"on --test ({result['test']['num_test']} images):")
