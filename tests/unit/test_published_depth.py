@@ -247,7 +247,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
 
-    (tmp_path / "nyu.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    (tmp_path / "nyu.pth").write_bytes(pickle.dumps({"state_dict": Evil()}, protocol=2))
     with pytest.raises(WeightsError):
         load_published_depth(tmp_path / "nyu.pth", backbone())
     assert not (tmp_path / "ran").exists()
