@@ -7,6 +7,7 @@ rectangle search or another worker never shifts what the next sample gets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from opendino.pretrain.native import cutting
+from opendino.pretrain.native.build import kernels
 
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
@@ -131,20 +135,14 @@ def cut_crops(image: Tensor, boxes: Boxes, size: int) -> Tensor:
     """Cut rectangles out of an image and resize each to a square, bicubic with antialias.
 
     Args:
-        image: uint8 (C, H, W); fastest when its channels are contiguous in memory.
+        image: uint8 (C, H, W); fastest when the channels of a pixel lie together in memory.
         boxes: n rectangles inside the image.
         size: side s of the crops.
 
     Returns:
         uint8 (n, C, s, s).
     """
-    out = torch.empty((len(boxes.top), image.shape[0], size, size), dtype=torch.uint8)
-    rows = zip(boxes.top.tolist(), boxes.left.tolist(), boxes.height.tolist(), boxes.width.tolist(), strict=True)
-    for i, (top, left, h, w) in enumerate(rows):
-        part = image[None, :, top : top + h, left : left + w]
-        crop = interpolate(part, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-        out[i] = crop[0].flip(-1) if boxes.flip[i] else crop[0]
-    return out
+    return _cut(by_pixel(image), [(boxes, size)])[0]
 
 
 def multi_crop(image: Tensor, config: CropsConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
@@ -159,11 +157,33 @@ def multi_crop(image: Tensor, config: CropsConfig, rng: np.random.Generator) -> 
         Global crops uint8 (2, C, g, g), and local crops uint8 (L, C, l, l) or None when L is 0.
     """
     height, width = image.shape[-2:]
-    global_boxes = draw_boxes(height, width, 2, config.global_scale, config.flip, rng)
+    wanted = [(draw_boxes(height, width, 2, config.global_scale, config.flip, rng), config.global_size)]
     local_boxes = draw_boxes(height, width, config.num_local, config.local_scale, config.flip, rng)
-    image = by_pixel(image)
-    local = cut_crops(image, local_boxes, config.local_size) if config.num_local else None
-    return cut_crops(image, global_boxes, config.global_size), local
+    if config.num_local:
+        wanted.append((local_boxes, config.local_size))
+    global_crops, *local_crops = _cut(by_pixel(image), wanted)
+    return global_crops, local_crops[0] if local_crops else None
+
+
+def _cut(image: Tensor, wanted: Sequence[tuple[Boxes, int]]) -> list[Tensor]:
+    """Cut boxes, each set to its own size, out of an image laid out by pixel."""
+    out = [torch.empty((len(b.top), len(image), size, size), dtype=torch.uint8) for b, size in wanted]
+    library = kernels().library
+    if library is None:
+        for crops, (boxes, _) in zip(out, wanted, strict=True):
+            _cut_by_torch(image, boxes, crops)
+    else:
+        columns = [np.column_stack([b.top, b.left, b.height, b.width, b.flip]) for b, _ in wanted]
+        cutting.cut_crops(library, image, np.concatenate(columns), out)
+    return out
+
+
+def _cut_by_torch(image: Tensor, boxes: Boxes, out: Tensor) -> None:
+    rows = zip(boxes.top.tolist(), boxes.left.tolist(), boxes.height.tolist(), boxes.width.tolist(), strict=True)
+    for i, (top, left, h, w) in enumerate(rows):
+        part = image[None, :, top : top + h, left : left + w]
+        crop = interpolate(part, size=out.shape[-2:], mode="bicubic", antialias=True, align_corners=False)
+        out[i] = crop[0].flip(-1) if boxes.flip[i] else crop[0]
 
 
 def by_pixel(image: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +22,7 @@ from opendino.images.arrays import read_image
 from opendino.images.sources import ImageSource
 from opendino.pretrain.crops import RETRY_STREAM, CropsConfig, by_pixel, multi_crop, sample_rng
 from opendino.pretrain.float_crops import multi_crop_float
+from opendino.pretrain.native.build import kernels
 from opendino.pretrain.order import Request, StepSampler, choose_order
 from opendino.pretrain.photometric import PhotometricParams, check_channels, draw_global_and_local
 from opendino.pretrain.workers import leave_signals_to_parent, worker_deaths_explained
@@ -146,7 +148,7 @@ class PretrainDataset(Dataset[Sample]):
         self, index: int, counter: int, fetched: dict[int, str | bytes | Exception]
     ) -> tuple[int, Tensor, tuple[ImageError, ...]]:
         errors: list[ImageError] = []
-        retries = sample_rng(self.seed, counter, RETRY_STREAM)
+        retries: np.random.Generator | None = None
         for _ in range(MAX_TRIES):
             try:
                 return index, self._decode(index, fetched), tuple(errors)
@@ -154,6 +156,7 @@ class PretrainDataset(Dataset[Sample]):
                 raise DataError(str(error)) from error
             except (DataError, OSError) as error:
                 errors.append((self.source.name(index), str(error)))
+            retries = retries or sample_rng(self.seed, counter, RETRY_STREAM)
             index = int(retries.integers(len(self)))
         raise DataError(
             f"{MAX_TRIES} images drawn one after the other could not be read, the last one being {errors[-1][0]} "
@@ -228,6 +231,7 @@ def make_loader(
         DataError: when there are too few images, too many in a row cannot be read, or a worker process died.
         ConfigError: when `crops.mean` is for another number of channels, or the batch cannot be shared evenly.
     """
+    kernels()  # made or loaded here, so that workers have them
     dataset = PretrainDataset(source, crops, seed=seed, cache=cache, channels=channels)
     order = choose_order(source, seed, shuffle_buffer)
     loader: DataLoader[Sample] = DataLoader(

@@ -3,8 +3,10 @@
 
 Parameters are drawn per sample from its own generator (`draw_photometric`) and applied to the batch at once
 (`apply_photometric`) in the order jitter, grey, blur, solarize, normalise; each operation touches only the crops that
-it is drawn for. Values are those of torchvision's operations on floats in [0, 1], to 1e-5; solarized ones to 1/255, the
-step of the 8-bit values that the published recipe works on.
+it is drawn for. On a CPU a compiled kernel does this crop by crop where there is one (`opendino.pretrain.native`), with
+results equal to 1e-5; the operations here are its reference, and what runs everywhere else. Values are those of
+torchvision's operations on floats in [0, 1], to 1e-5; solarized ones to 1/255, the step of the 8-bit values that the
+published recipe works on.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from torch.nn.functional import pad
 
 from opendino.errors import ConfigError
 from opendino.pretrain.crops import CropsConfig
+from opendino.pretrain.native import colours
+from opendino.pretrain.native.build import kernels as native_kernels
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR_KERNEL = 9
@@ -125,12 +129,49 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
         ConfigError: when mean and std are for another number of channels.
     """
     check_channels(config, crops.shape[1])
-    out = _empty(crops.shape, crops.device)
-    scale = 1 / torch.tensor(config.std)
-    scale, shift = (v[:, None, None].to(crops.device) for v in (scale, -torch.tensor(config.mean) * scale))
-    active, blurred = _active(params, crops.shape[1]), params.sigma > 0
+    blurred = params.sigma > 0
     kernels = _half_kernels(torch.from_numpy(params.sigma).clamp_min(MIN_SIGMA))
-    reaches, kernels = _reaches(kernels).numpy(), kernels.to(crops.device)
+    reaches = np.where(blurred, _reaches(kernels).numpy(), 0)
+    scale = 1 / torch.tensor(config.std)
+    shift = -torch.tensor(config.mean) * scale
+    library = native_kernels().library if _suits_native(crops) else None
+    if library is None:
+        return _apply_by_torch(crops, params, kernels, reaches, scale, shift)
+    steps = _steps(params, crops.shape[1])
+    return colours.colour_crops(
+        library,
+        crops,
+        steps=steps,
+        factors=params.factors,
+        grey=params.grey,
+        solarize=params.solarize,
+        kernels=kernels.numpy(),
+        reaches=reaches,
+        scale=scale.numpy(),
+        shift=shift.numpy(),
+    )
+
+
+def _suits_native(crops: Tensor) -> bool:
+    large = min(crops.shape[-2:]) > BLUR_KERNEL // 2  # else torch says what a blur needs
+    return crops.device.type == "cpu" and crops.dtype in (torch.uint8, torch.float32) and large
+
+
+def _steps(params: PhotometricParams, channels: int) -> Rows:
+    """Give the jitter operations of each crop in their order, (n, 4); -1 for those that change nothing."""
+    steps = STEPS[params.order]
+    idle = params.factors == IDENTITY
+    if channels != 3:
+        idle[:, 2:] = True
+    return np.where(np.take_along_axis(idle, steps.clip(0), axis=1), -1, steps)
+
+
+def _apply_by_torch(
+    crops: Tensor, params: PhotometricParams, kernels: Tensor, reaches: Rows, scale: Tensor, shift: Tensor
+) -> Tensor:
+    out = _empty(crops.shape, crops.device)
+    scale, shift = (v[:, None, None].to(crops.device) for v in (scale, shift))
+    active, kernels = _active(params, crops.shape[1]), kernels.to(crops.device)
 
     def convolve(part: Tensor, rows: Rows) -> Tensor:
         return _convolve(part, kernels[_index(rows)], int(reaches[rows].max()))
@@ -140,7 +181,7 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
             x = _take(crops, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
             x = _jitter(x, params.order[rows], params.factors[rows], active)
             x = _grey(x, rows, params.grey)
-            x = _on_subset(x, rows, blurred, convolve)
+            x = _on_subset(x, rows, reaches > 0, convolve)
             x = _on_subset(x, rows, params.solarize, lambda part, rows: solarize_(part))
             if _is_range(rows):
                 torch.mul(x, scale, out=out[rows[0] : rows[-1] + 1]).add_(shift)
