@@ -43,6 +43,7 @@ IDENTITY = np.array([1, 1, 1, 0], np.float32)
 DRAWS = 10
 MIN_SIGMA = 1e-2
 """Stands for no blur where a kernel is computed and not used."""
+Array = np.ndarray[Any, Any]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -70,9 +71,19 @@ class PhotometricParams:
     @classmethod
     def crop_major(cls, samples: Sequence[PhotometricParams]) -> PhotometricParams:
         """Join the parameters of B samples with k crops each into (k·B,), first crops of all samples first."""
-        names = [f.name for f in fields(cls)]
-        joined = {n: np.stack([getattr(s, n) for s in samples], axis=1) for n in names}
-        return cls(**{n: a.reshape(-1, *a.shape[2:]) for n, a in joined.items()})
+        return cls.join(samples, [1] * len(samples))
+
+    @classmethod
+    def join(cls, parts: Sequence[PhotometricParams], sizes: Sequence[int]) -> PhotometricParams:
+        """Join crop-major parameters of parts of a batch, with so many samples each, into those of the batch."""
+
+        def joined(name: str) -> Array:
+            arrays = [getattr(part, name) for part in parts]
+            by_crop = [a.reshape(-1, n, *a.shape[1:]) for a, n in zip(arrays, sizes, strict=True)]
+            whole = np.concatenate(by_crop, axis=1)
+            return whole.reshape(-1, *whole.shape[2:])
+
+        return cls(**{f.name: joined(f.name) for f in fields(cls)})
 
 
 def draw_photometric(
@@ -86,18 +97,22 @@ def draw_photometric(
         solarize_probs: n probabilities of solarization.
         rng: always gives 10 · n numbers.
     """
-    u = rng.random((len(blur_probs), DRAWS))
-    order = np.where(u[:, 0] < config.jitter_prob, np.floor(u[:, 1] * len(ORDERS)), -1)
+    return _params_from(rng.random((len(blur_probs), DRAWS)), config, np.array(blur_probs), np.array(solarize_probs))
+
+
+def _params_from(u: Array, config: CropsConfig, blur_probs: Array, solarize_probs: Array) -> PhotometricParams:
+    """Make parameters out of uniform numbers (..., DRAWS) and probabilities that fit (...)."""
+    order = np.where(u[..., 0] < config.jitter_prob, np.floor(u[..., 1] * len(ORDERS)), -1)
     strength = np.array(config.jitter)
     smallest = np.maximum(IDENTITY - strength, [0, 0, 0, -0.5])
-    factors = smallest + (IDENTITY + strength - smallest) * u[:, 2:6]
-    sigma = config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * u[:, 8]
+    factors = smallest + (IDENTITY + strength - smallest) * u[..., 2:6]
+    sigma = config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * u[..., 8]
     return PhotometricParams(
         order=order.astype(np.int8),
         factors=factors.astype(np.float32),
-        grey=u[:, 6] < config.grey_prob,
-        sigma=np.where(u[:, 7] < np.array(blur_probs), sigma, 0).astype(np.float32),
-        solarize=u[:, 9] < np.array(solarize_probs),
+        grey=u[..., 6] < config.grey_prob,
+        sigma=np.where(u[..., 7] < blur_probs, sigma, 0).astype(np.float32),
+        solarize=u[..., 9] < solarize_probs,
     )
 
 
@@ -105,10 +120,31 @@ def draw_global_and_local(
     config: CropsConfig, rng: np.random.Generator
 ) -> tuple[PhotometricParams, PhotometricParams | None]:
     """Draw the colour parameters of one sample: of its two global crops, and of its local crops if it has any."""
-    global_params = draw_photometric(config, config.blur_probs[:2], (0.0, config.solarize_prob), rng)
-    count = config.num_local
-    local_params = draw_photometric(config, [config.blur_probs[2]] * count, [0.0] * count, rng) if count else None
-    return global_params, local_params
+    return global_and_local_from(rng.random((1, numbers_for_colours(config))), config)
+
+
+def numbers_for_colours(config: CropsConfig) -> int:
+    """Give how many uniform numbers the colours of one sample take."""
+    return DRAWS * (2 + config.num_local)
+
+
+def global_and_local_from(numbers: Array, config: CropsConfig) -> tuple[PhotometricParams, PhotometricParams | None]:
+    """Make the colour parameters of B samples out of uniform numbers (B, `numbers_for_colours`).
+
+    Returns:
+        Of the global crops, (2·B,), and of the local crops, (L·B,) or None when L is 0; crop-major.
+    """
+    count = 2 + config.num_local
+    u = numbers.reshape(len(numbers), count, DRAWS).swapaxes(0, 1)
+    blur_probs = np.array([*config.blur_probs[:2], *[config.blur_probs[2]] * config.num_local])
+    solarize_probs = np.array([0.0, config.solarize_prob, *[0.0] * config.num_local])
+    params = _params_from(u, config, blur_probs[:, None], solarize_probs[:, None])
+
+    def part(crops: slice) -> PhotometricParams:
+        values = {f.name: getattr(params, f.name)[crops] for f in fields(params)}
+        return PhotometricParams(**{name: v.reshape(-1, *v.shape[2:]) for name, v in values.items()})
+
+    return part(slice(2)), part(slice(2, None)) if config.num_local else None
 
 
 def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsConfig) -> Tensor:

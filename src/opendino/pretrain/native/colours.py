@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import ctypes
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-VALUES_PER_THREAD = 2**19
+from opendino.pretrain.native.threads import run_together
+
+VALUES_PER_THREAD = 2**18
 """Starting a thread takes about as long as colouring so many values."""
 Array = np.ndarray[Any, Any]
 
@@ -85,22 +86,5 @@ def colour_crops(
         is_float=crops.dtype is torch.float32,
         **{name: values.ctypes.data for name, values in held.items()},
     )
-    _run(library, job, min(torch.get_num_threads(), n, out.size // VALUES_PER_THREAD))
+    run_together(lambda: int(library.colour_crops(ctypes.byref(job))), min(n, out.size // VALUES_PER_THREAD))
     return torch.from_numpy(out)
-
-
-def _run(library: ctypes.CDLL, job: _Job, threads: int) -> None:
-    """Let threads take crops of a job until none is left; this one is always among them."""
-    codes: list[int] = []
-
-    def work() -> None:
-        codes.append(library.colour_crops(ctypes.byref(job)))
-
-    helpers = [Thread(target=work) for _ in range(threads - 1)]
-    for helper in helpers:
-        helper.start()
-    work()
-    for helper in helpers:
-        helper.join()
-    if any(codes):
-        raise MemoryError("There is no memory for the colours of crops.")

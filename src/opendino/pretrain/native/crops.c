@@ -184,8 +184,8 @@ static void resize_box(const Job *job, const int32_t *box, Space *space, uint8_t
                        out + (size_t)c * side * side);
 }
 
-// Cut all boxes. Gives 0, or 1 when there is no memory.
-int cut_crops(const Job *job) {
+// Cut all boxes of one image. Gives 0, or 1 when there is no memory.
+static int cut_image(const Job *job) {
     size_t half = 0, wide = 0, side = 0, weights = 0;
     for (int i = 0; i < job->n; i++) {
         const int32_t *box = job->boxes + 6 * i;
@@ -212,4 +212,14 @@ int cut_crops(const Job *job) {
     for (int i = 0; i < job->n; i++) resize_box(job, job->boxes + 6 * i, &space, job->out[i]);
     free(memory);
     return 0;
+}
+
+// Cut the boxes of one image after the other until none is left; several threads may share the images, `next` being the
+// first that none has taken yet. Gives 0, or 1 when there is no memory.
+int cut_crops(const Job *jobs, int64_t images, int32_t *next) {
+    for (;;) {
+        int image = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+        if (image >= images) return 0;
+        if (cut_image(jobs + image)) return 1;
+    }
 }
