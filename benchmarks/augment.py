@@ -4,7 +4,7 @@
 One sample reads all files once, in batches; its clock runs from the first path to the last float tensor. All peers give
 2 × 224 and 8 × 98 pixels with the published colours and flips, each with its own drawing of random numbers:
 
-opendino: `PretrainDataset`, `collate`, and `apply_photometric` on the batch, as the trainer calls them.
+opendino: a batch of `PretrainDataset`, and `apply_photometric` on it, as the trainer calls them.
 lightly-train: its `ImageDataset` with its `DINOv2ViTTransform` at default settings, stacked view by view.
 torchvision: the published recipe, with Pillow pictures and torchvision's v1 transforms, stacked view by view.
 """
@@ -85,12 +85,13 @@ def as_jpeg(picture: Image.Image, quality: int) -> bytes:
 
 
 def opendino(spec: Spec, paths: list[str]) -> tuple[Batches, str]:
-    """What the trainer does: samples from the data set, put together, colours for the whole batch."""
+    """What the trainer does: a batch from the data set, colours for the whole batch."""
     from opendino.images.arrays import read_image
     from opendino.images.sources import open_source
     from opendino.pretrain import data
     from opendino.pretrain.crops import CropsConfig
     from opendino.pretrain.memory import keep_freed_memory
+    from opendino.pretrain.native.build import kernels
     from opendino.pretrain.photometric import apply_photometric
 
     keep_freed_memory()  # as the engine does on a CPU
@@ -111,7 +112,7 @@ def opendino(spec: Spec, paths: list[str]) -> tuple[Batches, str]:
     def augment(batch: list[str]) -> dict[str, float]:
         nonlocal counter, decoding
         started, decoding = time.perf_counter(), 0.0
-        joined = data.collate([dataset[place[path], counter + i] for i, path in enumerate(batch)])
+        joined = dataset.__getitems__([(place[path], counter + i) for i, path in enumerate(batch)])
         counter += len(batch)
         cut = time.perf_counter()
         apply_photometric(joined.global_crops, joined.global_params, crops)
@@ -125,7 +126,8 @@ def opendino(spec: Spec, paths: list[str]) -> tuple[Batches, str]:
             "colours_local": ended - coloured,
         }
 
-    return augment, "PretrainDataset, collate and apply_photometric, with freed memory kept as in training"
+    code = "native kernels" if kernels().library else "torch's operations"
+    return augment, f"PretrainDataset and apply_photometric by {code}, with freed memory kept as in training"
 
 
 # --- peers ---------------------------------------------------------------------------------------------------------

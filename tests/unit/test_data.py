@@ -17,6 +17,7 @@ from PIL import Image
 
 from opendino.errors import ConfigError, DataError
 from opendino.images.sources import open_source
+from opendino.pretrain import data
 from opendino.pretrain.crops import CropsConfig
 from opendino.pretrain.data import MAX_TRIES, PretrainDataset, make_loader
 from opendino.pretrain.order import StepSampler
@@ -42,11 +43,18 @@ def batches(folder, count, **options):
 
 def assert_same(a, b):
     assert torch.equal(a.global_crops, b.global_crops)
-    assert torch.equal(a.local_crops, b.local_crops)
     assert torch.equal(a.indices, b.indices)
-    for one, two in ((a.global_params, b.global_params), (a.local_params, b.local_params)):
-        for name, values in vars(one).items():
-            np.testing.assert_array_equal(values, getattr(two, name))
+    assert_same_params(a.global_params, b.global_params)
+    if a.local_crops is None:
+        assert b.local_crops is b.local_params is a.local_params is None
+        return
+    assert torch.equal(a.local_crops, b.local_crops)
+    assert_same_params(a.local_params, b.local_params)
+
+
+def assert_same_params(one, two):
+    for name, values in vars(one).items():
+        np.testing.assert_array_equal(values, getattr(two, name))
 
 
 def test_batch_has_the_documented_shapes_and_order(folder):
@@ -76,6 +84,19 @@ def test_resume_and_cache_change_nothing(folder):
     resumed = batches(folder, 2) + batches(folder, 2, start_step=2, cache=True)
     for a, b in zip(straight, resumed, strict=True):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("num_local", [0, 3])
+def test_images_held_at_a_time_change_nothing(folder, monkeypatch, num_local):
+    (folder / "1.png").write_bytes(b"broken")
+    crops = CROPS.model_copy(update={"num_local": num_local})
+    together = batches(folder, 2, crops=crops)
+    assert together[0].errors or together[1].errors
+    for held in (0, 4000):  # one image, and two or three
+        monkeypatch.setattr(data, "HELD_BYTES", held)
+        for a, b in zip(together, batches(folder, 2, crops=crops)):
+            assert_same(a, b)
+            assert a.errors == b.errors
 
 
 def test_workers_change_nothing(folder):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from opendino.errors import ConfigError, DataError
+from opendino.models import layers
 from opendino.models.config import ViTConfig
 from opendino.models.layers import Block, add_rows, random_subset
 from opendino.models.registry import MODELS, get_config
@@ -203,3 +204,18 @@ def test_autocast_training_does_not_lose_small_branches(drop, weights):
     assert out.dtype is torch.float32
     changed = (out != x.float()).float().mean()
     assert changed > 0.9 if not drop else 0.2 < changed < 1
+
+
+def test_gelu_made_again_gives_the_gradients_of_gelu_kept(monkeypatch):
+    mlp = layers.Mlp(8, 32).train()
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for limit in (10**9, 0):
+        monkeypatch.setattr(layers, "RECOMPUTE_GELU_FROM", limit)
+        kept: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
+            out = mlp(x)
+        found.append((kept.count(torch.Size([5, 32])), *torch.autograd.grad(out.square().sum(), mlp.parameters())))
+    assert [f[0] for f in found] == [2, 1]  # of the hidden layer and its GELU, the former alone
+    for one, other in zip(found[0][1:], found[1][1:]):
+        torch.testing.assert_close(one, other)

@@ -8,6 +8,7 @@ import tempfile
 from rich.console import Console
 
 from opendino.pretrain.config import PretrainConfig
+from opendino.pretrain.native.build import kernels
 from opendino.pretrain.profile import make_profile, measure_loader, show_profile, top_operators
 from opendino.pretrain.trainer import Trainer
 
@@ -46,4 +47,5 @@ def profile_steps(config: PretrainConfig, steps: int) -> int:
             num_workers=config.num_workers,
         )
     show_profile(profile)
+    Console().print(kernels().about, highlight=False)
     return 0

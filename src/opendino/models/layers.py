@@ -26,6 +26,9 @@ EXPLICIT_ATTENTION_MAX_TOKENS = 320
 """Up to this many tokens, a network in training mode on a CPU uses explicit products: torch's CPU flash attention is
 slower there (benchmarks/RESULTS.md). Everything else uses scaled_dot_product_attention."""
 
+RECOMPUTE_GELU_FROM = 2**22
+"""Values of a hidden layer from which on GELU's output is not kept; below it takes 16 MiB at most."""
+
 
 class PatchEmbed(nn.Module):
     """Strided convolution that turns an image into patch tokens (B, C, h·p, w·p) → (B, h·w, D)."""
@@ -96,10 +99,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
         hidden = self.fc1(x)
-        if not (self.training and hidden.requires_grad) or torch.compiler.is_compiling():
+        small = hidden.numel() < RECOMPUTE_GELU_FROM
+        if small or not (self.training and hidden.requires_grad) or torch.compiler.is_compiling():
             return self._project(hidden, scale)
-        # The backward pass makes GELU(hidden) again, 1 % of a step, instead of keeping it, the largest of all
-        # activations. Recomputation stops before the product.
+        # The backward pass makes GELU(hidden) again, 1 % of a step (3 % of a small one), instead of keeping it, the
+        # largest of all activations. Recomputation stops before the product.
         out: Tensor = checkpoint(self._project, hidden, scale, use_reentrant=False, preserve_rng_state=False)
         return out
 

@@ -7,7 +7,8 @@ rectangle search or another worker never shifts what the next sample gets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from opendino.pretrain.native import cutting
+from opendino.pretrain.native.build import kernels
+
+Array = np.ndarray[Any, Any]
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
 CROP_STREAM, RETRY_STREAM, ORDER_STREAM = 0, 1, 2
@@ -62,11 +67,11 @@ class CropsConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Boxes:
-    """Rectangles of n crops of one image, in pixels.
+    """Rectangles of crops, in pixels.
 
     Attributes:
-        top, left, height, width: (n,) int64.
-        flip: (n,) bool.
+        top, left, height, width: (n,) int64, or (n, B) for n crops of each of B images.
+        flip: bool, likewise.
     """
 
     top: np.ndarray[Any, np.dtype[np.int64]]
@@ -102,49 +107,55 @@ def draw_boxes(
         flip: probability of a flip.
         rng: always gives 23 · n numbers.
     """
-    u = rng.random((count, TRIES, 2))
-    place = rng.random((count, 3))
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    return boxes_from(rng.random((count, TRIES, 2)), rng.random((count, 3)), height, width, scale, flip)
+
+
+def boxes_from(
+    u: Array, place: Array, height: Array | int, width: Array | int, scale: tuple[float, float], flip: float
+) -> Boxes:
+    """Make the rectangles that `draw_boxes` draws out of uniform numbers.
+
+    Args:
+        u: (..., 10, 2), for area and aspect of each try.
+        place: (..., 3), for row, column and flip.
+        height: of the images, pixels; of a shape that fits (...).
+        width: likewise.
+        scale: range of the area as a share of the image.
+        flip: probability of a flip.
+
+    Returns:
+        Rectangles whose arrays have the shape (...).
+    """
+    height, width = np.asarray(height), np.asarray(width)
+    area = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
     low, high = np.log(ASPECT)
     aspect = np.exp(low + (high - low) * u[..., 1])
     w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
-    first, some, rows = fits.argmax(1), fits.any(1), np.arange(count)
-    whole_h, whole_w = _fallback(height, width)
-    h = np.where(some, h[rows, first], whole_h)
-    w = np.where(some, w[rows, first], whole_w)
-    top = np.where(some, np.floor(place[:, 0] * (height - h + 1)), (height - h) // 2).astype(np.int64)
-    left = np.where(some, np.floor(place[:, 1] * (width - w + 1)), (width - w) // 2).astype(np.int64)
-    return Boxes(top, left, h, w, place[:, 2] < flip)
-
-
-def _fallback(height: int, width: int) -> tuple[int, int]:
-    if width / height < ASPECT[0]:
-        return round(width / ASPECT[0]), width
-    if width / height > ASPECT[1]:
-        return height, round(height * ASPECT[1])
-    return height, width
+    fits = (w > 0) & (h > 0) & (w <= width[..., None]) & (h <= height[..., None])
+    first, some = fits.argmax(-1)[..., None], fits.any(-1)
+    whole_h = np.minimum(height, np.rint(width / ASPECT[0])).astype(np.int64)
+    whole_w = np.minimum(width, np.rint(height * ASPECT[1])).astype(np.int64)
+    h = np.where(some, np.take_along_axis(h, first, -1)[..., 0], whole_h)
+    w = np.where(some, np.take_along_axis(w, first, -1)[..., 0], whole_w)
+    top = np.where(some, np.floor(place[..., 0] * (height - h + 1)), (height - h) // 2).astype(np.int64)
+    left = np.where(some, np.floor(place[..., 1] * (width - w + 1)), (width - w) // 2).astype(np.int64)
+    return Boxes(top, left, h, w, place[..., 2] < flip)
 
 
 def cut_crops(image: Tensor, boxes: Boxes, size: int) -> Tensor:
     """Cut rectangles out of an image and resize each to a square, bicubic with antialias.
 
     Args:
-        image: uint8 (C, H, W); fastest when its channels are contiguous in memory.
+        image: uint8 (C, H, W); fastest when the channels of a pixel lie together in memory.
         boxes: n rectangles inside the image.
         size: side s of the crops.
 
     Returns:
         uint8 (n, C, s, s).
     """
-    out = torch.empty((len(boxes.top), image.shape[0], size, size), dtype=torch.uint8)
-    rows = zip(boxes.top.tolist(), boxes.left.tolist(), boxes.height.tolist(), boxes.width.tolist(), strict=True)
-    for i, (top, left, h, w) in enumerate(rows):
-        part = image[None, :, top : top + h, left : left + w]
-        crop = interpolate(part, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-        out[i] = crop[0].flip(-1) if boxes.flip[i] else crop[0]
-    return out
+    one = Boxes(*(getattr(boxes, f.name)[:, None] for f in fields(boxes)))
+    return _cut([image], [(one, size)])[0]
 
 
 def multi_crop(image: Tensor, config: CropsConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
@@ -158,12 +169,61 @@ def multi_crop(image: Tensor, config: CropsConfig, rng: np.random.Generator) -> 
     Returns:
         Global crops uint8 (2, C, g, g), and local crops uint8 (L, C, l, l) or None when L is 0.
     """
-    height, width = image.shape[-2:]
-    global_boxes = draw_boxes(height, width, 2, config.global_scale, config.flip, rng)
-    local_boxes = draw_boxes(height, width, config.num_local, config.local_scale, config.flip, rng)
-    image = by_pixel(image)
-    local = cut_crops(image, local_boxes, config.local_size) if config.num_local else None
-    return cut_crops(image, global_boxes, config.global_size), local
+    return multi_crops([image], config, rng.random((1, numbers_for_boxes(config))))
+
+
+def numbers_for_boxes(config: CropsConfig) -> int:
+    """Give how many uniform numbers the rectangles of one sample take."""
+    return (2 * TRIES + 3) * (2 + config.num_local)
+
+
+def multi_crops(images: Sequence[Tensor], config: CropsConfig, numbers: Array) -> tuple[Tensor, Tensor | None]:
+    """Cut the global and local crops of several images.
+
+    Args:
+        images: B images, uint8 (C, H, W).
+        config: sizes and scales.
+        numbers: (B, `numbers_for_boxes`) uniform numbers.
+
+    Returns:
+        Global crops uint8 (2·B, C, g, g), and local crops uint8 (L·B, C, l, l) or None when L is 0; crop-major.
+    """
+    height, width = (np.array([image.shape[k] for image in images]) for k in (1, 2))
+    wanted, begin = [], 0
+    for count, size, scale in (
+        (2, config.global_size, config.global_scale),
+        (config.num_local, config.local_size, config.local_scale),
+    ):
+        middle, end = begin + 2 * TRIES * count, begin + (2 * TRIES + 3) * count
+        u = numbers[:, begin:middle].reshape(len(images), count, TRIES, 2).swapaxes(0, 1)
+        place = numbers[:, middle:end].reshape(len(images), count, 3).swapaxes(0, 1)
+        if count:
+            wanted.append((boxes_from(u, place, height, width, scale, config.flip), size))
+        begin = end
+    global_crops, *local_crops = _cut(images, wanted)
+    return global_crops, local_crops[0] if local_crops else None
+
+
+def _cut(images: Sequence[Tensor], wanted: Sequence[tuple[Boxes, int]]) -> list[Tensor]:
+    """Cut (n, B) boxes, each set to its own size, out of B images; gives crop-major (n·B, C, s, s)."""
+    images = [by_pixel(image) for image in images]
+    out = [torch.empty((boxes.top.size, len(images[0]), size, size), dtype=torch.uint8) for boxes, size in wanted]
+    library = kernels().library
+    if library is None:
+        for crops, (boxes, _) in zip(out, wanted, strict=True):
+            _cut_by_torch(images, boxes, crops)
+    else:
+        rows = [np.stack([b.top, b.left, b.height, b.width, b.flip], axis=-1) for b, _ in wanted]
+        cutting.cut_crops(library, images, np.concatenate(rows), out)
+    return out
+
+
+def _cut_by_torch(images: Sequence[Tensor], boxes: Boxes, out: Tensor) -> None:
+    for i, place in enumerate(np.ndindex(boxes.top.shape)):
+        top, left, h, w = (int(v[place]) for v in (boxes.top, boxes.left, boxes.height, boxes.width))
+        part = images[place[1]][None, :, top : top + h, left : left + w]
+        crop = interpolate(part, size=out.shape[-2:], mode="bicubic", antialias=True, align_corners=False)
+        out[i] = crop[0].flip(-1) if boxes.flip[place] else crop[0]
 
 
 def by_pixel(image: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -19,10 +21,25 @@ from torch.utils.data import DataLoader, Dataset
 from opendino.errors import DataError, MissingExtraError
 from opendino.images.arrays import read_image
 from opendino.images.sources import ImageSource
-from opendino.pretrain.crops import RETRY_STREAM, CropsConfig, by_pixel, multi_crop, sample_rng
+from opendino.pretrain.crops import (
+    RETRY_STREAM,
+    CropsConfig,
+    by_pixel,
+    multi_crop,
+    multi_crops,
+    numbers_for_boxes,
+    sample_rng,
+)
 from opendino.pretrain.float_crops import multi_crop_float
+from opendino.pretrain.native.build import kernels
 from opendino.pretrain.order import Request, StepSampler, choose_order
-from opendino.pretrain.photometric import PhotometricParams, check_channels, draw_global_and_local
+from opendino.pretrain.photometric import (
+    PhotometricParams,
+    check_channels,
+    draw_global_and_local,
+    global_and_local_from,
+    numbers_for_colours,
+)
 from opendino.pretrain.workers import leave_signals_to_parent, worker_deaths_explained
 
 MAX_TRIES = 64
@@ -34,6 +51,10 @@ SHUFFLE_BUFFER = 8192
 """Images that are shuffled together where neighbours are read together."""
 ImageError = tuple[str, str]
 """(path, reason)."""
+Read = tuple[int, int, Tensor, tuple[ImageError, ...]]
+"""(counter, index, image, images that could not be read before it)."""
+HELD_BYTES = 64 * 2**20
+"""Decoded images that are held at a time; their crops are cut when there are more."""
 
 
 @dataclass(frozen=True)
@@ -116,20 +137,44 @@ class PretrainDataset(Dataset[Sample]):
         Raises:
             DataError: when 64 images one after the other cannot be read, or an optional package is missing for one.
         """
-        return self._sample(request, {})
+        index, counter = request
+        return self._sample(counter, *self._read(index, counter, {}))
 
-    def __getitems__(self, requests: list[Request]) -> list[Sample]:
-        """Cut the crops of several samples; asked for a batch at a time, a network is waited for once."""
+    def __getitems__(self, requests: list[Request]) -> Batch:
+        """Cut the crops of a batch: what `collate` makes of its samples, in fewer and larger steps.
+
+        A network is waited for once, numbers are drawn into one array, and one kernel cuts all crops.
+        """
         fetched: dict[int, str | bytes | Exception] = {}
         if self.source.remote:
             wanted = [i for i in dict.fromkeys(i for i, _ in requests) if self._cache is None or i not in self._cache]
             with ThreadPoolExecutor(REMOTE_READS) as pool:
                 fetched = dict(zip(wanted, pool.map(self._fetch, wanted), strict=True))
-        return [self._sample(request, fetched) for request in requests]
+        parts: list[Batch] = []
+        read: list[Read] = []
+        for index, counter in requests:
+            read.append((counter, *self._read(index, counter, fetched)))
+            if sum(image.nbytes for _, _, image, _ in read) > HELD_BYTES:
+                parts.append(self._cut(read))
+                read = []
+        if read:
+            parts.append(self._cut(read))
+        return _join(parts)
 
-    def _sample(self, request: Request, fetched: dict[int, str | bytes | Exception]) -> Sample:
-        index, counter = request
-        index, image, errors = self._read(index, counter, fetched)
+    def _cut(self, read: list[Read]) -> Batch:
+        """Draw crops and colours of images that were read, and cut the crops."""
+        counters, indices, images, errors = zip(*read, strict=True)
+        if any(image.dtype != torch.uint8 for image in images):
+            return collate([self._sample(*one) for one in read])
+        colours = numbers_for_colours(self.crops)
+        count = colours + numbers_for_boxes(self.crops)
+        numbers = np.stack([sample_rng(self.seed, counter).random(count) for counter in counters])
+        global_params, local_params = global_and_local_from(numbers[:, :colours], self.crops)
+        global_crops, local_crops = multi_crops(images, self.crops, numbers[:, colours:])
+        found = tuple(error for of_one in errors for error in of_one)
+        return Batch(global_crops, local_crops, global_params, local_params, torch.tensor(indices), found)
+
+    def _sample(self, counter: int, index: int, image: Tensor, errors: tuple[ImageError, ...]) -> Sample:
         rng = sample_rng(self.seed, counter)
         global_params, local_params = draw_global_and_local(self.crops, rng)
         cut = multi_crop if image.dtype == torch.uint8 else multi_crop_float
@@ -146,7 +191,7 @@ class PretrainDataset(Dataset[Sample]):
         self, index: int, counter: int, fetched: dict[int, str | bytes | Exception]
     ) -> tuple[int, Tensor, tuple[ImageError, ...]]:
         errors: list[ImageError] = []
-        retries = sample_rng(self.seed, counter, RETRY_STREAM)
+        retries: np.random.Generator | None = None
         for _ in range(MAX_TRIES):
             try:
                 return index, self._decode(index, fetched), tuple(errors)
@@ -154,6 +199,7 @@ class PretrainDataset(Dataset[Sample]):
                 raise DataError(str(error)) from error
             except (DataError, OSError) as error:
                 errors.append((self.source.name(index), str(error)))
+            retries = retries or sample_rng(self.seed, counter, RETRY_STREAM)
             index = int(retries.integers(len(self)))
         raise DataError(
             f"{MAX_TRIES} images drawn one after the other could not be read, the last one being {errors[-1][0]} "
@@ -187,6 +233,34 @@ def collate(samples: list[Sample]) -> Batch:
         indices=torch.tensor([s.index for s in samples]),
         errors=tuple(error for s in samples for error in s.errors),
     )
+
+
+def _join(parts: list[Batch]) -> Batch:
+    """Put batches together, crop-major."""
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [len(part.indices) for part in parts]
+
+    def tensors(crops: list[Tensor]) -> Tensor:
+        floats = any(x.dtype != torch.uint8 for x in crops)
+        by_crop = [x.unflatten(0, (-1, n)) for x, n in zip(crops, sizes, strict=True)]
+        return torch.cat([x.float() if floats else x for x in by_crop], dim=1).flatten(0, 1)
+
+    local_crops = [part.local_crops for part in parts if part.local_crops is not None]
+    local_params = [part.local_params for part in parts if part.local_params is not None]
+    return Batch(
+        tensors([part.global_crops for part in parts]),
+        tensors(local_crops) if local_crops else None,
+        PhotometricParams.join([part.global_params for part in parts], sizes),
+        PhotometricParams.join(local_params, sizes) if local_params else None,
+        torch.cat([part.indices for part in parts]),
+        tuple(error for part in parts for error in part.errors),
+    )
+
+
+def _as_it_is(batch: Any) -> Batch:
+    assert isinstance(batch, Batch)
+    return batch
 
 
 def _as_floats(sample: Sample) -> Sample:
@@ -228,13 +302,14 @@ def make_loader(
         DataError: when there are too few images, too many in a row cannot be read, or a worker process died.
         ConfigError: when `crops.mean` is for another number of channels, or the batch cannot be shared evenly.
     """
+    kernels()  # made or loaded here, so that workers have them
     dataset = PretrainDataset(source, crops, seed=seed, cache=cache, channels=channels)
     order = choose_order(source, seed, shuffle_buffer)
     loader: DataLoader[Sample] = DataLoader(
         dataset,
         batch_sampler=StepSampler(len(dataset), batch_size, seed, start_step, num_steps, order=order, shard=shard),
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         prefetch_factor=PREFETCH if num_workers else None,
         worker_init_fn=leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),

@@ -89,8 +89,11 @@ def batch_masks(
     counts = np.zeros(num_crops, dtype=int)
     counts[rng.permutation(num_crops)[:masked_crops]] = patches * rng.uniform(edges[:-1], edges[1:])
     wanted = np.arange(num_crops).reshape(2, batch_size)[:, images].ravel()
-    masks = [block_mask(*grid, int(counts[i]), mask_rng(seed, step, int(i))).ravel() for i in wanted]
-    return torch.from_numpy(np.stack(masks))
+    masks = np.zeros((len(wanted), patches), dtype=bool)
+    for row in np.flatnonzero(counts[wanted]):
+        i = int(wanted[row])
+        masks[row] = block_mask(*grid, int(counts[i]), mask_rng(seed, step, i)).ravel()
+    return torch.from_numpy(masks)
 
 
 def mask_rng(seed: int, step: int, index: int) -> np.random.Generator:

@@ -3,8 +3,10 @@
 
 Parameters are drawn per sample from its own generator (`draw_photometric`) and applied to the batch at once
 (`apply_photometric`) in the order jitter, grey, blur, solarize, normalise; each operation touches only the crops that
-it is drawn for. Values are those of torchvision's operations on floats in [0, 1], to 1e-5; solarized ones to 1/255, the
-step of the 8-bit values that the published recipe works on.
+it is drawn for. On a CPU a compiled kernel does this crop by crop where there is one (`opendino.pretrain.native`), with
+results equal to 1e-5; the operations here are its reference, and what runs everywhere else. Values are those of
+torchvision's operations on floats in [0, 1], to 1e-5; solarized ones to 1/255, the step of the 8-bit values that the
+published recipe works on.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from torch.nn.functional import pad
 
 from opendino.errors import ConfigError
 from opendino.pretrain.crops import CropsConfig
+from opendino.pretrain.native import colours
+from opendino.pretrain.native.build import kernels as native_kernels
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR_KERNEL = 9
@@ -39,6 +43,7 @@ IDENTITY = np.array([1, 1, 1, 0], np.float32)
 DRAWS = 10
 MIN_SIGMA = 1e-2
 """Stands for no blur where a kernel is computed and not used."""
+Array = np.ndarray[Any, Any]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -66,9 +71,19 @@ class PhotometricParams:
     @classmethod
     def crop_major(cls, samples: Sequence[PhotometricParams]) -> PhotometricParams:
         """Join the parameters of B samples with k crops each into (k·B,), first crops of all samples first."""
-        names = [f.name for f in fields(cls)]
-        joined = {n: np.stack([getattr(s, n) for s in samples], axis=1) for n in names}
-        return cls(**{n: a.reshape(-1, *a.shape[2:]) for n, a in joined.items()})
+        return cls.join(samples, [1] * len(samples))
+
+    @classmethod
+    def join(cls, parts: Sequence[PhotometricParams], sizes: Sequence[int]) -> PhotometricParams:
+        """Join crop-major parameters of parts of a batch, with so many samples each, into those of the batch."""
+
+        def joined(name: str) -> Array:
+            arrays = [getattr(part, name) for part in parts]
+            by_crop = [a.reshape(-1, n, *a.shape[1:]) for a, n in zip(arrays, sizes, strict=True)]
+            whole = np.concatenate(by_crop, axis=1)
+            return whole.reshape(-1, *whole.shape[2:])
+
+        return cls(**{f.name: joined(f.name) for f in fields(cls)})
 
 
 def draw_photometric(
@@ -82,18 +97,22 @@ def draw_photometric(
         solarize_probs: n probabilities of solarization.
         rng: always gives 10 · n numbers.
     """
-    u = rng.random((len(blur_probs), DRAWS))
-    order = np.where(u[:, 0] < config.jitter_prob, np.floor(u[:, 1] * len(ORDERS)), -1)
+    return _params_from(rng.random((len(blur_probs), DRAWS)), config, np.array(blur_probs), np.array(solarize_probs))
+
+
+def _params_from(u: Array, config: CropsConfig, blur_probs: Array, solarize_probs: Array) -> PhotometricParams:
+    """Make parameters out of uniform numbers (..., DRAWS) and probabilities that fit (...)."""
+    order = np.where(u[..., 0] < config.jitter_prob, np.floor(u[..., 1] * len(ORDERS)), -1)
     strength = np.array(config.jitter)
     smallest = np.maximum(IDENTITY - strength, [0, 0, 0, -0.5])
-    factors = smallest + (IDENTITY + strength - smallest) * u[:, 2:6]
-    sigma = config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * u[:, 8]
+    factors = smallest + (IDENTITY + strength - smallest) * u[..., 2:6]
+    sigma = config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * u[..., 8]
     return PhotometricParams(
         order=order.astype(np.int8),
         factors=factors.astype(np.float32),
-        grey=u[:, 6] < config.grey_prob,
-        sigma=np.where(u[:, 7] < np.array(blur_probs), sigma, 0).astype(np.float32),
-        solarize=u[:, 9] < np.array(solarize_probs),
+        grey=u[..., 6] < config.grey_prob,
+        sigma=np.where(u[..., 7] < blur_probs, sigma, 0).astype(np.float32),
+        solarize=u[..., 9] < solarize_probs,
     )
 
 
@@ -101,10 +120,31 @@ def draw_global_and_local(
     config: CropsConfig, rng: np.random.Generator
 ) -> tuple[PhotometricParams, PhotometricParams | None]:
     """Draw the colour parameters of one sample: of its two global crops, and of its local crops if it has any."""
-    global_params = draw_photometric(config, config.blur_probs[:2], (0.0, config.solarize_prob), rng)
-    count = config.num_local
-    local_params = draw_photometric(config, [config.blur_probs[2]] * count, [0.0] * count, rng) if count else None
-    return global_params, local_params
+    return global_and_local_from(rng.random((1, numbers_for_colours(config))), config)
+
+
+def numbers_for_colours(config: CropsConfig) -> int:
+    """Give how many uniform numbers the colours of one sample take."""
+    return DRAWS * (2 + config.num_local)
+
+
+def global_and_local_from(numbers: Array, config: CropsConfig) -> tuple[PhotometricParams, PhotometricParams | None]:
+    """Make the colour parameters of B samples out of uniform numbers (B, `numbers_for_colours`).
+
+    Returns:
+        Of the global crops, (2·B,), and of the local crops, (L·B,) or None when L is 0; crop-major.
+    """
+    count = 2 + config.num_local
+    u = numbers.reshape(len(numbers), count, DRAWS).swapaxes(0, 1)
+    blur_probs = np.array([*config.blur_probs[:2], *[config.blur_probs[2]] * config.num_local])
+    solarize_probs = np.array([0.0, config.solarize_prob, *[0.0] * config.num_local])
+    params = _params_from(u, config, blur_probs[:, None], solarize_probs[:, None])
+
+    def part(crops: slice) -> PhotometricParams:
+        values = {f.name: getattr(params, f.name)[crops] for f in fields(params)}
+        return PhotometricParams(**{name: v.reshape(-1, *v.shape[2:]) for name, v in values.items()})
+
+    return part(slice(2)), part(slice(2, None)) if config.num_local else None
 
 
 def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsConfig) -> Tensor:
@@ -125,12 +165,49 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
         ConfigError: when mean and std are for another number of channels.
     """
     check_channels(config, crops.shape[1])
-    out = _empty(crops.shape, crops.device)
-    scale = 1 / torch.tensor(config.std)
-    scale, shift = (v[:, None, None].to(crops.device) for v in (scale, -torch.tensor(config.mean) * scale))
-    active, blurred = _active(params, crops.shape[1]), params.sigma > 0
+    blurred = params.sigma > 0
     kernels = _half_kernels(torch.from_numpy(params.sigma).clamp_min(MIN_SIGMA))
-    reaches, kernels = _reaches(kernels).numpy(), kernels.to(crops.device)
+    reaches = np.where(blurred, _reaches(kernels).numpy(), 0)
+    scale = 1 / torch.tensor(config.std)
+    shift = -torch.tensor(config.mean) * scale
+    library = native_kernels().library if _suits_native(crops) else None
+    if library is None:
+        return _apply_by_torch(crops, params, kernels, reaches, scale, shift)
+    steps = _steps(params, crops.shape[1])
+    return colours.colour_crops(
+        library,
+        crops,
+        steps=steps,
+        factors=params.factors,
+        grey=params.grey,
+        solarize=params.solarize,
+        kernels=kernels.numpy(),
+        reaches=reaches,
+        scale=scale.numpy(),
+        shift=shift.numpy(),
+    )
+
+
+def _suits_native(crops: Tensor) -> bool:
+    large = min(crops.shape[-2:]) > BLUR_KERNEL // 2  # else torch says what a blur needs
+    return crops.device.type == "cpu" and crops.dtype in (torch.uint8, torch.float32) and large
+
+
+def _steps(params: PhotometricParams, channels: int) -> Rows:
+    """Give the jitter operations of each crop in their order, (n, 4); -1 for those that change nothing."""
+    steps = STEPS[params.order]
+    idle = params.factors == IDENTITY
+    if channels != 3:
+        idle[:, 2:] = True
+    return np.where(np.take_along_axis(idle, steps.clip(0), axis=1), -1, steps)
+
+
+def _apply_by_torch(
+    crops: Tensor, params: PhotometricParams, kernels: Tensor, reaches: Rows, scale: Tensor, shift: Tensor
+) -> Tensor:
+    out = _empty(crops.shape, crops.device)
+    scale, shift = (v[:, None, None].to(crops.device) for v in (scale, shift))
+    active, kernels = _active(params, crops.shape[1]), kernels.to(crops.device)
 
     def convolve(part: Tensor, rows: Rows) -> Tensor:
         return _convolve(part, kernels[_index(rows)], int(reaches[rows].max()))
@@ -140,7 +217,7 @@ def apply_photometric(crops: Tensor, params: PhotometricParams, config: CropsCon
             x = _take(crops, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
             x = _jitter(x, params.order[rows], params.factors[rows], active)
             x = _grey(x, rows, params.grey)
-            x = _on_subset(x, rows, blurred, convolve)
+            x = _on_subset(x, rows, reaches > 0, convolve)
             x = _on_subset(x, rows, params.solarize, lambda part, rows: solarize_(part))
             if _is_range(rows):
                 torch.mul(x, scale, out=out[rows[0] : rows[-1] + 1]).add_(shift)
