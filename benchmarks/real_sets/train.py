@@ -4,9 +4,9 @@
     python benchmarks/real_sets/build.py --out SETS
     nice -n 19 python benchmarks/real_sets/train.py --sets SETS --out RUN --minutes 90
 
-No image of a split that is scored is shown: emoji, composites of cut-outs and rooms by their train splits, Fashion-MNIST by
-its 60 000 training images, photograph tiles without the backgrounds of the cut-outs' val split. Images of a small set are
-named several times in the list, so that each set has its share of the steps.
+No image of a split that is scored is shown: emoji, composites of cut-outs and rooms by their train splits, Fashion-MNIST
+by its 60 000 training images, photograph tiles without the backgrounds of the cut-outs' val split. Images of a small set
+are named several times in the list, so that each set has its share of the steps.
 
 RUN/sessions/*.json holds wall and CPU seconds of each time the script was started.
 """
@@ -99,17 +99,6 @@ def training_list(sets: Path, out: Path, mixture: tuple[Part, ...] = MIXTURE) ->
     path = out / "train.txt"
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
-
-
-def probe_folder(sets: Path, out: Path) -> Path:
-    """Make the folder of the k-NN score on the way: emoji's train split against its val split, which no table has."""
-    folder = out / "probe"
-    folder.mkdir(exist_ok=True)
-    for name, split in (("train", "train"), ("test", "val")):
-        link = folder / name
-        if not link.exists():
-            link.symlink_to((sets / "emoji" / split).resolve(), target_is_directory=True)
-    return folder
 
 
 class Session:
