@@ -4,9 +4,9 @@
     python benchmarks/real_sets/build.py --out SETS
     nice -n 19 python benchmarks/real_sets/train.py --sets SETS --out RUN --minutes 90
 
-No image of a split that is scored is shown: emoji, composites of cut-outs and rooms by their train splits, Fashion-MNIST
-by its 60 000 training images, photograph tiles without the backgrounds of the cut-outs' val split. Images of a small set
-are named several times in the list, so that each set has its share of the steps.
+No image of a split that is scored is shown: emoji, composites of cut-outs and rooms by their train splits,
+Fashion-MNIST by its 60 000 training images, photograph tiles without the backgrounds of the cut-outs' val split. Images
+of a small set are named several times in the list, so that each set has its share of the steps.
 
 RUN/sessions/*.json holds wall and CPU seconds of each time the script was started.
 """
@@ -74,7 +74,6 @@ def configure(sets: Path, out: Path, recipe: str, seed: int) -> PretrainConfig:
         "data": str(training_list(sets, out)),
         "out": str(out),
         "seed": seed,
-        "probe": str(probe_folder(sets, out)),
     }
     return load_recipe(recipe).model_copy(update=place)
 

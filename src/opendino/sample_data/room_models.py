@@ -181,7 +181,7 @@ def _unpacked(library: Path, folder: Path) -> Path:
             with zipfile.ZipFile(library) as file:
                 file.extractall(part)
         except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{library} cannot be unpacked: {error}. Delete its package; it is fetched again.") from error
+            raise DataError(f"{library} cannot be unpacked: {error}. Delete it; it is fetched again.") from error
         part.rename(folder)
     return folder
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of furnished rooms with metric depth, by PyBullet's software renderer: no display, no GPU.
 
-PyBullet gives flat colour, depth and which body is seen; `shade` adds point lights, dark corners and noise. The same for
-one version of pybullet, numpy and pillow.
+PyBullet gives flat colour, depth and which body is seen; `shade` adds point lights, dark corners and noise. Bytes are
+the same for one version of pybullet, numpy and pillow.
 
 World: z up, metres, the floor at 0. Camera: x right, y up, looking along −z.
 """
@@ -75,8 +75,8 @@ class Renderer:
             import pybullet
         except ImportError as error:
             raise MissingExtraError(
-                "Rooms are rendered by pybullet, which is not installed: pip install opendino[rooms]. Its wheels are for "
-                "Python 3.11 at most."
+                "Rooms are rendered by pybullet, which is not installed: pip install opendino[rooms]. Its wheels are "
+                "for Python 3.11 at most."
             ) from error
         self._p: Any = pybullet
         self._folder = tempfile.TemporaryDirectory(prefix="opendino-textures-")
@@ -113,7 +113,7 @@ class Renderer:
         return bodies
 
     def spawn(self, model: RoomModel, place: Triple, yaw: float) -> int | None:
-        """Put a model with its bottom at a place, turned by `yaw` radians; None when it cannot be read or is too big."""
+        """Put a model with its bottom at a place, turned by `yaw` radians; None when it cannot be read."""
         parts = self._read(model.path)
         if not parts:
             return None
@@ -216,7 +216,7 @@ def _texture(part: Part) -> Path | None:
 
 
 def shade(rng: np.random.Generator, view: View, lights: Lights) -> Bytes:
-    """Light a view: point lights by the normals of its depth, darker corners, an exposure and noise; uint8 (n, n, 3)."""
+    """Give a view uint8 (n, n, 3) with point lights by the normals of its depth, darker corners, exposure and noise."""
     points = _points(view)
     normals = _normals(points)
     light = np.full((*view.depth.shape, 3), lights.ambient)
