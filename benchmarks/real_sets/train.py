@@ -43,7 +43,7 @@ MIXTURE = (
     Part("emoji/train", 22),
     Part("cutouts/images/train", 16),
     Part("rooms/images/train", 24),
-    Part("objects/train", 16),
+    Part("room-objects/train", 16),
     Part("tiles", 6),
 )
 """About 25, 31, 10, 12, 7 and 15 % of the images of an epoch."""
