@@ -6,8 +6,8 @@
 
 WORK/truth holds what is right; WORK/ROW-KEY the vectors of a row and, in cells/, the figures of each task. What is
 there is not made again; another checkpoint is another KEY. WORK/table.json and WORK/table.md are written after every
-cell, so the script may be stopped and started at any time. `check.py` computes the same figures from the same vectors by
-other means.
+cell, so the script may be stopped and started at any time. `check.py` computes the same figures from the same vectors
+by other means.
 """
 
 from __future__ import annotations

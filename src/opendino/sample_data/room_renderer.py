@@ -13,9 +13,11 @@ import hashlib
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,17 @@ class Lights:
     points: Sequence[tuple[Sequence[float], Floats]]
 
 
+class _World:
+    """PyBullet's functions for one world of its own: by default they all act on the first one of the process."""
+
+    def __init__(self, bullet: Any) -> None:
+        self._bullet, self._number = bullet, bullet.connect(bullet.DIRECT)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._bullet, name)
+        return partial(found, physicsClientId=self._number) if isinstance(found, BuiltinFunctionType) else found
+
+
 class Renderer:
     """A room that things can be put into.
 
@@ -67,31 +80,38 @@ class Renderer:
         surfaces: texture files of floors and walls.
 
     Raises:
-        MissingExtraError: without pybullet.
+        MissingExtraError: without pybullet, whose wheels are for Python 3.11 at most.
     """
 
     def __init__(self, surfaces: Sequence[Path]) -> None:
         try:
             import pybullet
         except ImportError as error:
-            raise MissingExtraError(
-                "Rooms are rendered by pybullet, which is not installed: pip install opendino[rooms]. Its wheels are "
-                "for Python 3.11 at most."
-            ) from error
-        self._p: Any = pybullet
+            raise MissingExtraError("pybullet", "rooms", "Rendering rooms") from error
+        self._bullet: Any = pybullet
+        self._world: _World | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="opendino-textures-")
         self._parts: dict[Path, list[Part] | None] = {}
-        self._client: int | None = None
         indoors = [p for p in surfaces if not any(s in p.name for s in _OUTDOORS)]
         self.floors = [p for p in indoors if _FLOORS.search(p.name)]
         self.walls = [p for p in indoors if "grass" not in p.name and "Floor" not in p.name]
 
     def reset(self) -> None:
         """Start with an empty world."""
-        if self._client is not None:
-            self._p.disconnect(self._client)
-        self._client = self._p.connect(self._p.DIRECT)
+        self.close()
+        self._world = _World(self._bullet)
         self._textures: dict[Path, int] = {}
+
+    def close(self) -> None:
+        """Let go of the world."""
+        if self._world is not None:
+            self._world.disconnect()
+            self._world = None
+
+    @property
+    def _p(self) -> _World:
+        assert self._world is not None, "reset() comes first"
+        return self._world
 
     # --- what is put into it
 
@@ -190,7 +210,7 @@ class Renderer:
 
     # --- what is seen of it
 
-    def view(self, eye: Sequence[float], target: Sequence[float], fov: float, size: int) -> View:
+    def view(self, eye: Iterable[float], target: Iterable[float], fov: float, size: int) -> View:
         """Look from a place at another, square image of `size` pixels, `fov` degrees in both directions."""
         p = self._p
         matrix = p.computeViewMatrix(list(eye), list(target), [0, 0, 1])

@@ -171,7 +171,7 @@ def _put_on_top(
     x, y, width, depth = below.box
     top, found = below.model.size[2], list[Placed]()
     for _ in range(int(rng.integers(0, 3))):
-        model = small[rng.integers(len(small))]
+        model = small[int(rng.integers(len(small)))]
         room_x, room_y = width - max(model.size[:2]), depth - max(model.size[:2])
         if room_x <= 0 or room_y <= 0:
             continue

@@ -110,7 +110,7 @@ def open_renderer(raw: Mapping[str, Path]) -> Renderer:
 
 def room_views(
     renderer: Renderer, models: Sequence[RoomModel], split: str, scene: int, cameras: CameraSet = FIRST,
-    views: int = VIEWS,
+    views: int | None = None,
 ) -> Iterator[RoomView]:  # fmt: skip
     """Iterate over the views of one room, a function of split, scene and cameras.
 
@@ -127,7 +127,7 @@ def room_views(
     if cameras.stream is not None:
         rng = np.random.default_rng([*key, cameras.stream])
     lights = draw_lights(rng, space, cameras) if placed else None
-    for _ in range(views if lights else 0):
+    for _ in range((VIEWS if views is None else views) if lights else 0):
         aim = placed[rng.integers(len(placed))]
         target = np.array([*aim.box[:2], aim.bottom + aim.model.size[2] / 2]) + rng.normal(0, 0.25, 3)
         eye = draw_eye(rng, space, boxes, target, cameras.height)
