@@ -312,3 +312,20 @@ def test_tiles_leave_out_what_is_scored(scripts, tmp_path, monkeypatch):
     assert val
     assert test
     assert not seen["names"] & (val | test)
+
+
+def test_the_schedule_of_a_run_that_is_there_is_kept(scripts, tmp_path):
+    config = scripts["train"].load_recipe(scripts["train"].RECIPE).model_copy(update={"out": str(tmp_path)})
+    assert scripts["train"].length(config, None, None) == config.steps
+    assert scripts["train"].length(config, 7, None) == 7
+    (tmp_path / "config.yaml").write_text("steps: 11\n")
+    assert scripts["train"].length(config, None, 5.0) == 11
+
+
+def test_a_session_is_counted(scripts, tmp_path):
+    with scripts["train"].Session(tmp_path / "sessions"):
+        np.linalg.svd(np.random.default_rng(0).normal(size=(200, 200)))
+    (path,) = (tmp_path / "sessions").glob("*.json")
+    noted = json.loads(path.read_text())
+    assert noted["cpu_s"] > 0
+    assert 0 < noted["wall_s"] < 60
