@@ -23,6 +23,7 @@ from pathlib import Path
 
 from opendino.cli.demo import seconds_per_step
 from opendino.cli.pretrain import run
+from opendino.errors import OpendinoError
 from opendino.images.sources import open_source
 from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config, with_steps
 
@@ -70,11 +71,7 @@ def main() -> None:
 
 def configure(sets: Path, out: Path, recipe: str, seed: int) -> PretrainConfig:
     """Give the recipe on the mixture of `sets`."""
-    place = {
-        "data": str(training_list(sets, out)),
-        "out": str(out),
-        "seed": seed,
-    }
+    place = {"data": str(training_list(sets, out)), "out": str(out), "seed": seed}
     return load_recipe(recipe).model_copy(update=place)
 
 
@@ -128,4 +125,7 @@ class Session:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OpendinoError as error:
+        raise SystemExit(f"Error: {error}") from None

@@ -198,7 +198,7 @@ def test_the_table_and_the_check_agree(scripts, task):
         vectors, truths = made_up(seed)
         told = scripts["table"].SCORES[task](vectors, truths[task])
         for figure, (value, _) in scripts["check"].CHECKS[task](vectors, truths[task]).items():
-            assert told[figure] == pytest.approx(value, abs=1e-4 if figure == "miou" else 1e-6), figure
+            assert told[figure] == pytest.approx(value, abs=1e-6), figure
 
 
 def test_a_wrong_figure_is_found(scripts, tmp_path, capsys):
