@@ -173,16 +173,28 @@ def depth_errors(predict: Callable[[Array], Array], tokens: Array, depths: Array
 
 def ridge(tokens: Array, target: Array, keep: Array | None = None) -> Callable[[Array], Array]:
     """Fit scikit-learn's ridge regression to standardised tokens; give a function from (g, g, D) to (g, g, T)."""
-    rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
+    rows = np.concatenate([with_surroundings(t) for t in tokens])
     rows = rows if keep is None else rows[keep]
     scaler = StandardScaler(copy=False).fit(rows)
     fitted = Ridge(alpha=RIDGE * len(rows), solver="cholesky", copy_X=False).fit(scaler.transform(rows), target.copy())
 
     def predict(grid: Array) -> Array:
-        flat = scaler.transform(grid.reshape(-1, grid.shape[-1]).astype(np.float64))
+        flat = scaler.transform(with_surroundings(grid))
         return fitted.predict(flat).reshape(*grid.shape[:2], -1)
 
     return predict
+
+
+def with_surroundings(grid: Array) -> Array:
+    """Give each patch of an image (g, g, D) as a row: its vector, the mean of all, and powers of where it is."""
+    side, width = len(grid), grid.shape[-1]
+    rows = np.zeros((side * side, 2 * width + 6))
+    rows[:, :width] = grid.reshape(-1, width)
+    rows[:, width:-6] = rows[:, :width].mean(0)
+    for i in range(side * side):
+        y, x = i // side / side - 0.5, i % side / side - 0.5
+        rows[i, -6:] = y, x, y**2, x**2, x * y, y**3
+    return rows
 
 
 def in_patches(planes: Array, grid: int) -> Array:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One linear head for every row: ridge regression from patch vectors to what is at the patch, enlarged to pixels.
+"""One linear head for every row: ridge regression from patches to what is there, enlarged to pixels.
 
-It has a closed form and no settings to tune, so rows differ by their vectors alone. The published heads, which are
-trained for thousands of steps, are `opendino eval segmentation` and `opendino eval depth`.
+It sees the vector of the patch, the mean over the image's patches, and the place in the image, whatever the row. It has
+a closed form and no settings to tune, so rows differ by their vectors alone. The published heads, which are trained for
+thousands of steps, are `opendino eval segmentation` and `opendino eval depth`.
 
 Shapes: n images, g patches a side, D width, C classes, s pixels a side.
 """
@@ -28,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Ridge:
-    """A fitted regression: (x − mean) / std @ weight + bias."""
+    """A fitted regression on patches in context: (x − mean) / std @ weight + bias."""
 
     mean: Floats
     std: Floats
@@ -36,9 +37,19 @@ class Ridge:
     bias: Floats
 
     def __call__(self, x: npt.NDArray[Any]) -> Floats:
-        """Predict (…, T) from (…, D)."""
-        out: Floats = (x.astype(np.float64) - self.mean) / self.std @ self.weight + self.bias
+        """Predict (…, g, g, T) from patch vectors (…, g, g, D)."""
+        out: Floats = (in_context(x) - self.mean) / self.std @ self.weight + self.bias
         return out
+
+
+def in_context(x: npt.NDArray[Any]) -> Floats:
+    """Add the mean over the image and the place (y, x, y², x², xy, y³) to vectors (…, g, g, D): (…, g, g, 2·D + 6)."""
+    own = x.astype(np.float64)
+    mean = np.broadcast_to(own.mean((-3, -2), keepdims=True), own.shape)
+    rows, columns = x.shape[-3:-1]
+    v, u = np.meshgrid(np.arange(rows) / rows - 0.5, np.arange(columns) / columns - 0.5, indexing="ij")
+    place = np.stack([v, u, v * v, u * u, v * u, v**3], -1)
+    return np.concatenate([own, mean, np.broadcast_to(place, (*own.shape[:-1], 6))], -1)
 
 
 def fit_ridge(x: npt.NDArray[Any], y: Floats, counts: npt.NDArray[np.bool_] | None = None) -> Ridge:
@@ -49,13 +60,13 @@ def fit_ridge(x: npt.NDArray[Any], y: Floats, counts: npt.NDArray[np.bool_] | No
         y: what is there.
         counts: (n, g, g), which patches count; default: all.
     """
-    width, depth = x.shape[-1], y.shape[-1]
+    width, depth = in_context(x[:1]).shape[-1], y.shape[-1]
     total, sum_x, sum_y = 0, np.zeros(width), np.zeros(depth)
     xx, xy = np.zeros((width, width)), np.zeros((width, depth))
     for start in range(0, len(x), CHUNK):
         part = slice(start, start + CHUNK)
         keep = np.ones(x[part].shape[:3], bool) if counts is None else counts[part]
-        a, b = x[part][keep].astype(np.float64), y[part][keep]
+        a, b = in_context(x[part])[keep], y[part][keep]
         total, sum_x, sum_y = total + len(a), sum_x + a.sum(0), sum_y + b.sum(0)
         xx, xy = xx + a.T @ a, xy + a.T @ b
     mean, bias = sum_x / total, sum_y / total

@@ -54,7 +54,7 @@ class Handmade(Describer):
     """Descriptors without learning; they have sizes of their own."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.key = name, f"{name} 1"
+        self.name, self.key = name, f"{name} 2"
 
     def images(self, paths: Sequence[Path], boxes: Sequence[Box], size: int) -> Iterator[Single]:
         """See `Describer`."""

@@ -106,7 +106,7 @@ def describe_images(kind: str, images: Sequence[Image.Image]) -> npt.NDArray[np.
 
 
 def describe_patches(kind: str, rgb: Bytes) -> Floats:
-    """Describe each patch of 14 pixels, its 3×3 neighbourhood and its place: (g, g, D).
+    """Describe each patch of 14 pixels and its 3×3 neighbourhood: (g, g, D).
 
     Args:
         kind: "raw" has the patch at 4×4 pixels, "hog" gradients in eight directions, "hog+colour" also a histogram.
@@ -123,7 +123,7 @@ def describe_patches(kind: str, rgb: Bytes) -> Floats:
         own = np.concatenate([_patch_colours(rgb, side), own], -1) if kind == "hog+colour" else own
     padded = np.pad(own, ((1, 1), (1, 1), (0, 0)), "edge")
     around = sum(padded[i : i + side, j : j + side] for i in range(3) for j in range(3)) / 9
-    return np.concatenate([own, around, _places(side)], -1)
+    return np.concatenate([own, around], -1)
 
 
 def _patch_gradients(rgb: Bytes, side: int) -> Floats:
@@ -143,8 +143,3 @@ def _per_patch(number: npt.NDArray[np.int64], side: int, size: int, weight: Floa
     patch = np.arange(side * PATCH) // PATCH
     place = (patch[:, None] * side + patch[None]) * size + number
     return np.bincount(place.ravel(), weight.ravel(), side * side * size).reshape(side, side, size)
-
-
-def _places(side: int) -> Floats:
-    y, x = np.mgrid[0:side, 0:side] / side - 0.5
-    return np.stack([y, x, y * y, x * x, y * x, y**3], -1)

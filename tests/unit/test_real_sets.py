@@ -80,12 +80,12 @@ def test_patches_are_described_where_they_are(scripts):
     rgb = np.zeros((42, 42, 3), np.uint8)
     rgb[14:28, 28:42] = 255  # middle row, right column
     raw = scripts["handmade"].describe_patches("raw", rgb)
-    assert raw.shape == (3, 3, 48 * 2 + 6)
+    assert raw.shape == (3, 3, 48 * 2)
     assert (raw[1, 2, :48] == 1).all()
     assert (raw[0, 0, :48] == 0).all()
     assert np.allclose(raw[1, 1, 48:96], 1 / 9)  # one of its nine neighbours is white
     colour = scripts["handmade"].describe_patches("hog+colour", rgb)
-    assert colour.shape == (3, 3, (64 + 8) * 2 + 6)
+    assert colour.shape == (3, 3, (64 + 8) * 2)
     assert colour[1, 2, 63] == colour[0, 0, 0] == 1
     assert np.array_equal(scripts["handmade"].describe_patches("hog", rgb)[..., :8], colour[..., 64:72])
 
@@ -115,11 +115,19 @@ def test_ridge_equals_scikit_learn(scripts, monkeypatch):
     x, y = rng.normal(3, 2, (5, 4, 4, 6)).astype(np.float16), rng.normal(size=(5, 4, 4, 2))
     keep = rng.random((5, 4, 4)) < 0.8
     fitted = dense.fit_ridge(x, y, keep)
-    rows = x[keep].astype(float)
+    seen = dense.in_context(x)
+    rows = seen[keep]
     mean, std = rows.mean(0), rows.std(0)
     reference = SklearnRidge(alpha=dense.RIDGE * len(rows)).fit((rows - mean) / std, y[keep])
-    expected = reference.predict((x.reshape(-1, 6).astype(float) - mean) / std)
+    expected = reference.predict((seen.reshape(-1, 18) - mean) / std)
     assert np.allclose(fitted(x).reshape(-1, 2), expected, atol=1e-9)
+
+
+def test_patches_are_seen_in_context(scripts):
+    x = np.arange(8.0).reshape(1, 2, 2, 2)
+    seen = scripts["dense"].in_context(x)
+    assert seen[0, 1, 0].tolist() == [4, 5, 3, 4, 0, -0.5, 0, 0.25, 0, 0]
+    assert np.allclose(seen[0].reshape(4, -1), scripts["check"].with_surroundings(x[0]))
 
 
 def test_miou_equals_torchmetrics(scripts):
