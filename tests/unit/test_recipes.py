@@ -17,6 +17,7 @@ def test_all_recipes_are_there():
         "vitl14_short",
         "vits14",
         "vitt14_demo",
+        "vitt14_mixture",
         "vitt7_fashion",
     ]
 

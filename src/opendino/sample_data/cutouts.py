@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageFilter
 from rich.progress import Progress
 
@@ -48,6 +49,9 @@ DRAWN = {
 
 VAL_SHARE = 0.3
 MAX_SIDE, MIN_PIXELS = 512, 1500
+SOFT = (40, 215)
+"""Opacities between which a pixel belongs to nothing."""
+IGNORED = 255
 _STAMPS = "usr/share/tuxpaint/stamps"
 
 
@@ -132,10 +136,24 @@ def composite(
     rng: np.random.Generator, cutouts: Mapping[str, Sequence[Cutout]], backgrounds: Sequence[Image.Image], size: int
 ) -> Image.Image:
     """Paste one to four cut-outs of random classes on a random part of a background, size × size pixels."""
+    return composite_with_mask(rng, cutouts, backgrounds, size)[0]
+
+
+def composite_with_mask(
+    rng: np.random.Generator, cutouts: Mapping[str, Sequence[Cutout]], backgrounds: Sequence[Image.Image], size: int
+) -> tuple[Image.Image, npt.NDArray[np.uint8]]:
+    """Make a composite and say what is where.
+
+    Returns:
+        The image, and uint8 (size, size): 0 is background, i + 1 the i-th class of `cutouts`, IGNORED a soft edge. The
+        cut-out that was pasted last covers the others.
+    """
     labels = list(cutouts)
     canvas = background_patch(rng, backgrounds, size)
+    mask = np.zeros((size, size), np.uint8)
     for _ in range(int(rng.integers(1, 5))):
-        label = labels[int(rng.integers(len(labels)))]
+        chosen = int(rng.integers(len(labels)))
+        label = labels[chosen]
         item = cutouts[label][int(rng.integers(len(cutouts[label])))]
         pasted = _posed(rng, item.image, rng.uniform(0.22, 0.65) * size, may_flip=label != "sign")
         colours = ImageEnhance.Brightness(pasted.convert("RGB")).enhance(rng.uniform(0.75, 1.2))
@@ -144,7 +162,16 @@ def composite(
         x = int(rng.uniform(-0.2, 1.2 - pasted.width / size) * size)
         y = int(rng.uniform(-0.1, 1.1 - pasted.height / size) * size)
         canvas.paste(colours, (x, y), alpha)
-    return canvas
+        _paste_class(mask, alpha, (x, y), chosen + 1)
+    return canvas, mask
+
+
+def _paste_class(mask: npt.NDArray[np.uint8], alpha: Image.Image, place: tuple[int, int], value: int) -> None:
+    covered = Image.new("L", (mask.shape[1], mask.shape[0]))
+    covered.paste(alpha, place)
+    opacity = np.asarray(covered)
+    mask[(opacity > SOFT[0]) & (opacity < SOFT[1])] = IGNORED
+    mask[opacity >= SOFT[1]] = value
 
 
 def background_patch(rng: np.random.Generator, backgrounds: Sequence[Image.Image], size: int) -> Image.Image:

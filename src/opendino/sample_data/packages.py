@@ -99,6 +99,18 @@ PACKAGES: dict[str, Package] = {
         "d44e89b8473aafe64a5b678f014862dc31335aaaf18665c544d985d854f1a709",
         "CC-BY-4.0, CC-BY-SA-3.0, CC-BY-SA-4.0, CC0, per file",
     ),
+    "sweethome3d": Package(
+        "debian", "sweethome3d", "7.0.2+dfsg-3",
+        "54bce4394ae763da1ffccff8f025565ce7161dc6934371e07480034ef155c411",
+        "textures GPL-2+",
+        ("usr/share/sweethome3d/sweethome3d.jar", "usr/share/doc/"),
+    ),
+    "sweethome3d-furniture": Package(
+        "debian", "sweethome3d-furniture", "1.8-1",
+        "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668",
+        "CC-BY-3.0 and CC0, per library",
+        ("usr/share/sweethome3d/furniture/", "usr/share/doc/"),
+    ),
     "emoji-google": Package(
         "npm", "emoji-datasource-google", "16.0.0",
         "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",

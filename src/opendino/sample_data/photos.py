@@ -176,8 +176,7 @@ def write_labelled(photographs: Sequence[Photograph], out: Path, progress: Progr
     counts = {"train": 0, "test": 0}
     labelled = [p for p in photographs if p.label]
     for photograph in progress.track(labelled, description="labelled photographs"):
-        share = int(hashlib.sha256(photograph.name.encode()).hexdigest()[:8], 16) % 100
-        split = "test" if share < 35 else "train"
+        split = str(labelled_split(photograph))
         folder = out / split / str(photograph.label)
         folder.mkdir(parents=True, exist_ok=True)
         image = photograph.open().copy()
@@ -185,6 +184,14 @@ def write_labelled(photographs: Sequence[Photograph], out: Path, progress: Progr
         image.save(folder / f"{photograph.name}.jpg", quality=92)
         counts[split] += 1
     return counts
+
+
+def labelled_split(photograph: Photograph) -> str | None:
+    """Give "train" or "test", by hash of the name; None for a photograph without label."""
+    if not photograph.label:
+        return None
+    share = int(hashlib.sha256(photograph.name.encode()).hexdigest()[:8], 16) % 100
+    return "test" if share < 35 else "train"
 
 
 def write_tiles(
