@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -46,6 +46,8 @@ class SuiteArgs(BackboneArgs):
     """Optimiser steps of the linear, segmentation and depth heads; default: each protocol's own."""
     multi_scale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Segmentation with four blocks, multi-scale and flip, as the card's column has it; many times slower."""
+    depth_head: Literal["lin1", "lin4", "dpt"] = "lin4"
+    """Depth head; the card's column has lin4, which needs four blocks."""
     redo: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Measure again what OUT already has."""
 

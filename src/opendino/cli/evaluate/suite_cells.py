@@ -239,8 +239,9 @@ def _segmentation(args: SuiteArgs, place: Place) -> Cell:
 
 def _depth(args: SuiteArgs, place: Place, places: list[Place]) -> list[Cell]:
     teachers = [p for p in places if p.kind == "depth" and p.learn is not None]
-    settings = {"head_kind": "lin4"} | _steps(args)
-    rmse = Figure("depth, linear, 4 layers", "RMSE, m", lambda r: r["rmse"], lower_is_better=True)
+    settings: dict[str, Any] = {"head_kind": args.depth_head} | _steps(args)
+    title = {"lin1": "depth, linear, 1 layer", "lin4": "depth, linear, 4 layers", "dpt": "depth, DPT"}[args.depth_head]
+    rmse = Figure(title, "RMSE, m", lambda r: r["rmse"], lower_is_better=True)
     if place.learn is not None:
 
         def depth() -> Result:
@@ -249,7 +250,7 @@ def _depth(args: SuiteArgs, place: Place, places: list[Place]) -> list[Cell]:
             head = args.out / "heads" / f"depth--{place.name.replace('/', '_')}.safetensors"
             return run_depth(DepthArgs(**shared(args), **_splits(place), **settings, save_head=head))
 
-        return [Cell("depth", place, depth, (rmse,), settings, "linear head on four blocks")]
+        return [Cell("depth", place, depth, (rmse,), settings, "head trained on frozen patch tokens")]
     return [_transfer(args, place, teacher, settings) for teacher in teachers[:1]]
 
 
