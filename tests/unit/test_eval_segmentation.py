@@ -208,7 +208,7 @@ def test_mistakes_are_one_paragraph(data, model_file, capsys, tmp_path):
         run(data, model_file, *more, code=code)
         return " ".join(capsys.readouterr().err.split())
 
-    assert "does not exist" in told("--val-split", "test", code=1)
+    assert "has no split 'test'" in told("--val-split", "test", code=1)
     assert "--size is 28x42; give one number" in told("--size", "28x42", code=2)
     assert "Leave --fit out" in told("--fit", "pad", code=2)
     assert "linear or ms" in told("--protocol", "fast", code=2)

@@ -11,8 +11,9 @@ from PIL import Image
 
 from opendino.errors import ConfigError, WeightsError
 from opendino.heads import Linear
-from opendino.heads.hub import fetch_head, linear_classifier, linear_head_file
+from opendino.heads.hub import linear_classifier, linear_head_file
 from opendino.heads.published_linear import LinearClassifier, load_linear_head, read_linear_head
+from opendino.heads.released import fetch_head
 from opendino.models.config import PreprocessSpec, ViTConfig
 from opendino.models.vit import VisionTransformer
 

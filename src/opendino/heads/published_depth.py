@@ -9,14 +9,13 @@ file but follows from the data set that the head was trained on.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from opendino.errors import ConfigError, WeightsError
+from opendino.heads import released
 from opendino.heads.depth import DepthEstimator, as_backbone
 from opendino.heads.depth_modules import DPT_CHANNELS, NUM_BINS, HeadKind
 from opendino.models.files import read_weights
@@ -50,22 +49,8 @@ def fetch_head(backbone: str, kind: HeadKind, dataset: str) -> Path:
     Raises:
         WeightsError: when there is no network, saying which file is wanted, from where, and where to put it.
     """
-    url = head_url(backbone, kind, dataset)
-    target = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if target.is_file():
-        return target
-    reason = "HF_HUB_OFFLINE is set"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "TRUE", "YES", "ON"):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(target), progress=True)  # written aside and renamed by torch
-            return target
-        except Exception as error:  # urllib, ssl and http share no base class
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise WeightsError(
-        f"The {dataset} {kind} depth head of {backbone} is in no cache and cannot be downloaded ({reason}). Wanted is "
-        f"{target.name} from {url}: put it at {target}, or give its path as weights=."
-    )
+    folder, file_name = head_url(backbone, kind, dataset).rsplit("/", 2)[1:]
+    return released.fetch_head(folder, file_name)
 
 
 def load_published_depth(
