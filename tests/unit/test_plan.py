@@ -50,23 +50,25 @@ def test_parts_add_up(recipe):
     assert plan.kwh == pytest.approx(plan.device_hours * 0.7 * 1.1)
 
 
+@pytest.mark.parametrize("images", [1, 4096])
 @pytest.mark.parametrize(("half", "expected"), [(False, 4), (True, 2)])
-def test_activations_of_a_block_by_hand(half, expected):
+def test_activations_of_a_block_by_hand(half, expected, images):
     """LayerNorm keeps its input and two statistics a token, qkv the normalised input, attention explicit copies and
-    the scores' softmax, projection its input, LayerNorm again, fc1 its input, GELU its input."""
+    the scores' softmax, projection its input, LayerNorm again, fc1 its input, GELU its input, and fc2 GELU's output
+    where that is small enough to be kept."""
     text = TINY.replace("num_local: 3", "num_local: 0").replace("depth: 3", "depth: 12")
     config = parse_config(text, "test")
     deeper = parse_config(text.replace("depth: 12", "depth: 13"), "test")
     block = (
-        activation_bytes(deeper, half=half, cpu=True, checkpointing=False)["per_image"]
-        - activation_bytes(config, half=half, cpu=True, checkpointing=False)["per_image"]
+        activation_bytes(deeper, images, half=half, cpu=True, checkpointing=False)["per_image"]
+        - activation_bytes(config, images, half=half, cpu=True, checkpointing=False)["per_image"]
     )
     tokens, width, heads, side = 2 * 65, 32, 2, 65
     product = tokens * width * expected
     scores = 2 * heads * side**2
     softmax = expected * scores
     norms = 2 * (4 * tokens * width + 2 * 4 * tokens)
-    hidden = 4 * product
+    hidden = (1 if images > 1 else 2) * 4 * product
     assert block == pytest.approx(norms + product * (1 + 3 + 1 + 1) + softmax + hidden, rel=0.02)
 
 

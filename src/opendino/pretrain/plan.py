@@ -133,7 +133,7 @@ def memory_by_part(
     params, spread = count_parameters(config), devices if sharded else 1
     trained, teacher = params["trained"], params["teacher"]
     prototypes = _prototype_parameters(config)
-    act = activation_bytes(config, half=half, cpu=cpu, checkpointing=recompute)
+    act = activation_bytes(config, images, half=half, cpu=cpu, checkpointing=recompute)
     product = HALF if half else FP32
     gradients = FP32 * trained / spread
     forward = {
@@ -154,17 +154,27 @@ def memory_by_part(
     return parts | {"total": sum(parts.values())}
 
 
-def activation_bytes(config: PretrainConfig, *, half: bool, cpu: bool, checkpointing: bool) -> dict[str, float]:
+def activation_bytes(
+    config: PretrainConfig, images: int, *, half: bool, cpu: bool, checkpointing: bool
+) -> dict[str, float]:
     """Count what is kept of the student's forward pass for the backward pass.
 
     Two images and one image are counted; the difference is what an image adds. Stochastic depth keeps the share of
     images that are not dropped; heads and the last block are counted on the rows that losses read.
 
+    Args:
+        config: of the run.
+        images: in a micro-batch; large ones make GELU again instead of keeping it.
+        half: products run in half precision.
+        cpu: attention as on a CPU.
+        checkpointing: blocks are computed again in the backward pass.
+
     Returns:
         "per_image" and "fixed" bytes (copies of weights), and "work_per_image": what the backward pass of one block
         has in hand besides, taken as much as that block keeps.
     """
-    one, two = (_kept_bytes(config, n, half, cpu, checkpointing) for n in (1, 2))
+    with _computed_as(cpu, remakes_gelu=_hidden_numbers(config, images) >= layers.RECOMPUTE_GELU_FROM):
+        one, two = (_kept_bytes(config, n, half, checkpointing) for n in (1, 2))
     per_image = {name: two[name] - one[name] for name in one}
     depth, kept = _backbone(config).depth, 1 - config.model.drop_path_rate
     blocks = {"block": (depth - 1) * kept, "last block": kept}
@@ -217,13 +227,13 @@ def plan_run(
 # --- counting what autograd keeps ----------------------------------------------------------------------------------
 
 
-def _kept_bytes(config: PretrainConfig, images: int, half: bool, cpu: bool, checkpointing: bool) -> dict[str, float]:
+def _kept_bytes(config: PretrainConfig, images: int, half: bool, checkpointing: bool) -> dict[str, float]:
     """Bytes kept of the student's forward pass over all crops of some images: of the stem, of one block, …"""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
         backbone, heads = _two_blocks(config), _heads(config)
-    with FakeTensorMode(), _attention_as_on(cpu), torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         for module in (backbone, *heads):
             module.train()._apply(lambda p: torch.empty(p.shape, dtype=p.dtype))
         ledger = _Ledger([backbone, *heads])
@@ -275,14 +285,23 @@ class _Ledger:
 
 
 @contextmanager
-def _attention_as_on(cpu: bool) -> Iterator[None]:
-    """Choose the attention that the device would: only a CPU computes short sequences by explicit products."""
-    before = layers.EXPLICIT_ATTENTION_MAX_TOKENS
-    layers.EXPLICIT_ATTENTION_MAX_TOKENS = before if cpu else 0
+def _computed_as(cpu: bool, remakes_gelu: bool) -> Iterator[None]:
+    """Choose attention and feed-forward as the run will: only a CPU computes short sequences by explicit products."""
+    before = layers.EXPLICIT_ATTENTION_MAX_TOKENS, layers.RECOMPUTE_GELU_FROM
+    layers.EXPLICIT_ATTENTION_MAX_TOKENS = before[0] if cpu else 0
+    layers.RECOMPUTE_GELU_FROM = 0 if remakes_gelu else 2**62
     try:
         yield
     finally:
-        layers.EXPLICIT_ATTENTION_MAX_TOKENS = before
+        layers.EXPLICIT_ATTENTION_MAX_TOKENS, layers.RECOMPUTE_GELU_FROM = before
+
+
+def _hidden_numbers(config: PretrainConfig, images: int) -> int:
+    """Numbers in the hidden layer of one block's feed-forward."""
+    backbone, c = _backbone(config), config.crops
+    first = 1 + backbone.num_register_tokens
+    sides = [c.global_size] * 2 + [c.local_size] * c.num_local
+    return images * sum(first + (side // backbone.patch_size) ** 2 for side in sides) * backbone.hidden_dim
 
 
 def _two_blocks(config: PretrainConfig) -> VisionTransformer:
