@@ -26,6 +26,7 @@ from opendino.cli.pretrain import run
 from opendino.errors import OpendinoError
 from opendino.images.sources import open_source
 from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config, with_steps
+from opendino.pretrain.interrupts import TrainingStopped
 
 RECIPE = "vitt14_mixture"
 NOTE_EVERY = 20.0  # seconds
@@ -129,3 +130,5 @@ if __name__ == "__main__":
         main()
     except OpendinoError as error:
         raise SystemExit(f"Error: {error}") from None
+    except TrainingStopped as stopped:
+        raise SystemExit(str(stopped)) from None
