@@ -99,7 +99,10 @@ class TestCrops:
         boxes = draw_boxes(height, width, 5, (0.05, 1.0), 0.5, sample_rng(seed, 0))
         ours = cut_crops(image, boxes, size).int()
         by_formula = torch.stack([formula_crop(image, boxes, i, size) for i in range(5)])
-        assert (ours - by_formula).abs().max() <= 1  # where a sum is half-way between two values
+        off = (ours - by_formula).abs()
+        # A row's sum half-way between two values may be rounded to the other one, which the columns can enlarge.
+        assert off.max() <= 2
+        assert (off > 1).float().mean() <= 0.01
         with pytest.MonkeyPatch.context() as context:
             by_torch_operations = by_torch(context, cut_crops, image, boxes, size).int()
         assert (ours - by_torch_operations).abs().max() <= 2  # its weights have 16 bits, and this is noise
