@@ -344,6 +344,8 @@ def test_own_tables(tables, model, tmp_path, capsys):
 
 def test_mistakes_are_explained(tables, model, tmp_path):
     given = ["multilabel", "--model", model]
+    with pytest.raises(DataError, match="images without a class; .* use `opendino eval multilabel`"):
+        main(["knn", "--model", model, *tables])
     with pytest.raises(ConfigError, match="--data with Pascal VOC 2007"):
         main(given)
     write(tmp_path / "other.csv", "path,labels", "val/0.png,red|green")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-label classification on frozen features: one-vs-rest logistic regression, scored by average precision.
 
-As VOC2007 is scored by Kornblith et al. 2019, §2, whose sets DINOv2 §7.1 takes over: learned on train and val, scored
-on test. Targets are 1 (there), -1 (not there) and 0 (difficult: the image counts neither way for this class).
+As VOC2007 is scored by Kornblith et al. 2019 and in DINOv2's table of linear probes on fine-grained sets: learned on
+train and val, scored on test. Targets are 1 (there), -1 (not there) and 0 (difficult: the image counts neither way for
+this class).
 
 Shapes: N, M items, D width, C classes.
 """
