@@ -86,13 +86,15 @@ def save_other_sources(root):
 
 
 def save_tables(root):
-    """Tables of images with groups, for the page about fairness."""
+    """Tables of images with groups, for the page about fairness, and one of images of several classes."""
     rows = [f"val/{c}/{i}.jpg,{c},{'ab'[i]},{'north' if i else 'south'},{i}" for c in "ab" for i in range(2)]
     for name, header in (
         ("homes", "image,label,guess,region,income"),
         ("predicted", "image,label,prediction,region,x"),
     ):
         (root / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
+    several = [f"val/{c}/{i}.jpg,{'red|' * i}{c}" for c in "ab" for i in range(2)]
+    (root / "several.csv").write_text("\n".join(["path,labels", *several]) + "\n")
 
 
 def save_places(root):

@@ -111,6 +111,20 @@ def fit_logistic(
     return problem.fits(way, [ROUGH] * (len(way) - 1) + [tolerance])[-1]
 
 
+def fit_path(
+    x: Any,
+    y: Any,
+    c_values: Sequence[float],
+    *,
+    num_classes: int | None = None,
+    tolerance: float = TOLERANCE,
+    device: str | torch.device | None = None,
+    on_fit: OnFit | None = None,
+) -> list[LogisticRegression]:
+    """Fit one logistic regression for each C, rising, each from the one before; arguments as in `fit_logistic`."""
+    return _Problem(x, y, num_classes, device).fits(sorted(c_values), [tolerance] * len(c_values), on_fit)
+
+
 def choose_c(
     x: Any,
     y: Any,
@@ -139,8 +153,10 @@ def choose_c(
     labels = np.asarray(torch.as_tensor(y).cpu())
     train, held_out = hold_out(labels, share, seed)
     features = torch.as_tensor(x)
-    problem = _Problem(features[train], labels[train], int(labels.max()) + 1, device)
-    models = problem.fits(sorted(c_values), [tolerance] * len(c_values), on_fit)
+    models = fit_path(
+        features[train], labels[train], c_values, num_classes=int(labels.max()) + 1, tolerance=tolerance, device=device,
+        on_fit=on_fit,
+    )  # fmt: skip
     test, truth = features[held_out], torch.from_numpy(labels[held_out])
     curve = [(m.c, 100 * (m.logits(test).argmax(1).cpu() == truth).double().mean().item()) for m in models]
     best = max(range(len(curve)), key=lambda i: (curve[i][1], -i))

@@ -11,6 +11,7 @@ PROTOCOLS: dict[str, str] = {
     "knn": "weighted vote of the nearest labelled images",
     "logreg": "logistic regression on the cls token",
     "linear": "the published grid of linear classifiers",
+    "multilabel": "images of several classes (VOC2007), mean average precision",
     "robustness": "a trained classifier on other test sets",
     "segmentation": "linear head on patch tokens, mIoU",
     "depth": "linear or DPT head on patch tokens, RMSE",

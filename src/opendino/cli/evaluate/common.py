@@ -153,7 +153,7 @@ def check_classes(sources: dict[str, ImageSource]) -> list[str]:
         if not source.classes or (source.label_ids() < 0).any():
             raise DataError(
                 f"--{name} {source.root} has images without a class; it needs one folder of images per class, or a "
-                ".csv with the columns path,label."
+                ".csv with the columns path,label. Where images have several classes, use `opendino eval multilabel`."
             )
     known = sources["train"].classes
     for name, source in sources.items():

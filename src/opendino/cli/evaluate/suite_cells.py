@@ -16,8 +16,19 @@ if TYPE_CHECKING:
 
 DEPTH_OF_SEARCH = 3
 """Levels below a given folder that are searched for data sets."""
-TASKS = ("knn", "linear", "logreg", "other_test", "depth", "transfer", "segmentation", "fine_grained", "retrieval")
-"""In the order of the model card's columns; logistic regression beside the linear one."""
+TASKS = (
+    "knn",
+    "linear",
+    "logreg",
+    "multilabel",
+    "other_test",
+    "depth",
+    "transfer",
+    "segmentation",
+    "fine_grained",
+    "retrieval",
+)
+"""In the order of the model card's columns; logistic regressions beside the linear one."""
 LEARN = ("train", "training")
 SCORE = ("val", "validation", "valid", "test", "testing")
 Result = dict[str, Any]
@@ -157,8 +168,12 @@ def shared(args: BackboneArgs) -> dict[str, Any]:
 
 
 def _cells(args: SuiteArgs, place: Place, places: list[Place]) -> list[Cell]:
+    from opendino.evaluate.datasets import voc
+
     if place.kind == "classification" and place.name == "ImageNet-V2":
         return _other_test(args, place, places)
+    if place.name == voc.MULTILABEL:
+        return [_multilabel(args, place)]
     if place.kind == "classification" and place.learn is not None:
         return _classification(args, place)
     if place.kind == "segmentation" and place.learn is not None:
@@ -201,6 +216,21 @@ def _classification(args: SuiteArgs, place: Place) -> list[Cell]:
             note="top-1, penalty picked on a tenth of the training images",
         ),
     ]  # fmt: skip
+
+
+def _multilabel(args: SuiteArgs, place: Place) -> Cell:
+    tested = place.root / "ImageSets" / "Main" / "aeroplane_test.txt"
+    splits = ("trainval", "test") if tested.is_file() else ("train", "val")
+
+    def multilabel() -> Result:
+        from opendino.cli.evaluate.multilabel import MultilabelArgs, run_multilabel
+
+        given: dict[str, Any] = {"data": place.root, "train_split": splits[0], "val_split": splits[1]}
+        return run_multilabel(MultilabelArgs(**shared(args), **given))
+
+    figure = Figure("classification, several classes", "mAP, %", lambda r: r["map_11_point"])
+    note = f"logistic regression a class on {splits[0]}, 11-point average precision on {splits[1]}"
+    return Cell("multilabel", place, multilabel, (figure,), note=note)
 
 
 def _other_test(args: SuiteArgs, place: Place, places: list[Place]) -> list[Cell]:

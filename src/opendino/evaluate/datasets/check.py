@@ -16,6 +16,7 @@ import torch
 from opendino.errors import OpendinoError
 from opendino.evaluate.datasets.detect import matches, num_classes, open_split, size
 from opendino.evaluate.datasets.layout import Layout, subfolders
+from opendino.evaluate.datasets.multilabel import MultiLabelSource
 from opendino.evaluate.datasets.types import IGNORE, DepthSet, RetrievalSet, SegmentationSet
 from opendino.images.ahead import map_ahead
 from opendino.images.arrays import read_image
@@ -220,6 +221,14 @@ def _sum_masks(data: SegmentationSet, masks: list[dict[int, int]], part: Checked
 
 
 def _balance(root: Path, split: str, data: ImageSource, part: Checked) -> None:
+    if isinstance(data, MultiLabelSource):
+        _extremes(data.classes, (data.targets > 0).sum(0), part)
+        several, difficult = int(((data.targets > 0).sum(1) > 1).sum()), int((data.targets == 0).sum())
+        part.notes.append(
+            f"{several} of {len(data)} images have several classes (`opendino eval multilabel`); {difficult} times an "
+            "image does not count for a class."
+        )
+        return
     ids = data.label_ids()
     bare = int((ids < 0).sum())
     if not data.classes:
@@ -228,19 +237,20 @@ def _balance(root: Path, split: str, data: ImageSource, part: Checked) -> None:
     if bare:
         part.problems.append(f"{bare} of {len(data)} images have no class.")
         return
-    counts = np.bincount(ids, minlength=len(data.classes))
-    least, most = int(counts.argmin()), int(counts.argmax())
-    part.facts |= {
-        "smallest": [data.classes[least], int(counts[least])], "largest": [data.classes[most], int(counts[most])],
-    }  # fmt: skip
-    if counts[most] > 10 * counts[least]:
-        part.notes.append(
-            f"classes are uneven, {counts[least]} to {counts[most]} images; look at the mean per class as well."
-        )
+    least, most = _extremes(data.classes, np.bincount(ids, minlength=len(data.classes)), part)
+    if most > 10 * least:
+        part.notes.append(f"classes are uneven, {least} to {most} images; look at the mean per class as well.")
     empty = _empty_folders(root, split, data.classes)
     if empty:
         part.facts["empty_classes"] = len(empty)
         part.problems.append(f"{len(empty)} class folders hold no image: {_some(empty)}. Fill or remove them.")
+
+
+def _extremes(classes: list[str], counts: Any, part: Checked) -> tuple[int, int]:
+    """Keep the classes with the fewest and the most images, and give their numbers of images."""
+    least, most = int(counts.argmin()), int(counts.argmax())
+    part.facts |= {"smallest": [classes[least], int(counts[least])], "largest": [classes[most], int(counts[most])]}
+    return int(counts[least]), int(counts[most])
 
 
 def _empty_folders(root: Path, split: str, classes: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ Caltech-101         101_ObjectCategories/CLASS/*.jpg
 Flowers-102         jpg/image_*.jpg  imagelabels.mat  setid.mat
 CUB-200-2011        images/CLASS/*.jpg  images.txt, image_class_labels.txt, classes.txt, train_test_split.txt
 
-VOC2007's classification is multi-label and scored by average precision; it is read for segmentation only (voc.py).
+VOC2007's classification is multi-label and scored by average precision: voc.py.
 """
 
 from __future__ import annotations

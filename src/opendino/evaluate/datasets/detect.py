@@ -29,6 +29,7 @@ from opendino.evaluate.datasets import (
     voc,
 )
 from opendino.evaluate.datasets.layout import Kind, Layout, Opened, has, resolve_split
+from opendino.evaluate.datasets.multilabel import MultiLabelSource, open_table
 from opendino.evaluate.datasets.types import DepthSet, RetrievalSet, SegmentationSet
 from opendino.images import locations
 from opendino.images.sources import EXTENSIONS, ImageSource, open_source
@@ -103,11 +104,34 @@ def open_classification(path: str | Path, split: str) -> ImageSource:
     """Open the images and labels of a split; a .csv, shards or Parquet files are opened as they are.
 
     Raises:
-        DataError: when nothing is recognised, or the split is not there or incomplete.
+        DataError: when nothing is recognised, the split is not there or incomplete, or images have several classes.
     """
     if not Path(path).expanduser().is_dir():
         return open_source(path)
     opened: ImageSource = _open(path, split, "classification")
+    if isinstance(opened, MultiLabelSource):
+        raise DataError(
+            f"The images of {opened.root} have several classes each, and this protocol needs one. Use `opendino eval "
+            f"multilabel --data {path}`, which scores each class by its average precision."
+        )
+    return opened
+
+
+def open_multilabel(path: str | Path, split: str) -> MultiLabelSource:
+    """Open the images and classes of a split, or a .csv with `path` and `labels` (`multilabel.open_table`).
+
+    Raises:
+        DataError: when nothing is recognised, the split is not there or incomplete, or images have one class each.
+    """
+    place = Path(path).expanduser()
+    if place.suffix.lower() == ".csv" and place.is_file():
+        return open_table(place)
+    opened = _open(path, split, "classification")
+    if not isinstance(opened, MultiLabelSource):
+        raise DataError(
+            f"The images of {path} have one class each; use `opendino eval logreg`, `knn` or `linear` for them. "
+            "Multi-label sets are VOC2007 and your own .csv files with the columns path,labels."
+        )
     return opened
 
 
