@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from opendino.cli import main
+from opendino.cli.evaluate.suite import plain_table
 from opendino.cli.evaluate.suite_cells import find_places
 from opendino.evaluate.published import COLUMNS
 from opendino.models.config import PreprocessSpec, ViTConfig
@@ -143,4 +144,14 @@ def test_table_by_hand():
     assert markdown_table(["ours", "ViT-S/14"], columns) == (
         "| task | k-NN | depth |\n| :-- | --: | --: |\n| data | own | NYU |\n| unit | % | RMSE, m ↓ |\n"
         "| ours | 81.2 | 0.417 |\n| ViT-S/14 | – | 0.417 |\n"
+    )
+
+
+def test_the_turned_table_by_hand():
+    columns = [
+        {"title": "k-NN", "data": "own", "unit": "%", "lower_is_better": False, "scores": {"m": 81.25}},
+        {"title": "depth", "data": "NYU", "unit": "m", "lower_is_better": True, "scores": {"m": 0.5, "S": 0.417}},
+    ]
+    assert plain_table({"model": "runs/m", "columns": columns}) == (
+        "                     m      S\nk-NN   own  %     81.2      –\ndepth  NYU  m ↓  0.500  0.417\n"
     )

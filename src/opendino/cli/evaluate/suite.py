@@ -66,8 +66,10 @@ def main(argv: list[str]) -> int:
         )
     results = run_cells(args, cells, console)
     report = write_table(args, cells, results)
-    print(json.dumps(report) if args.json else (args.out / "table.md").read_text(), end="")
-    console.print(f"{args.out / 'index.html'} shows it with pictures.", highlight=False)
+    print(json.dumps(report) if args.json else plain_table(report), end="\n" if args.json else "")
+    console.print(
+        f"{args.out / 'table.md'} has it as the card does, {args.out / 'index.html'} with pictures.", highlight=False
+    )
     return 1 if any("error" in r for r in results) else 0
 
 
@@ -181,6 +183,24 @@ def tabulate(model: str, cells: Sequence[Cell], results: Sequence[dict[str, Any]
             TableColumn(c.title, c.data, c.unit, c.lower_is_better, c.scores, "published") for c in published.values()
         ]
     return columns
+
+
+def plain_table(report: dict[str, Any]) -> str:
+    """Give the table turned, a line for each column, as it fits a terminal."""
+    names = list(dict.fromkeys(name for column in report["columns"] for name in column["scores"]))
+    own = Path(report["model"]).name or report["model"]
+    rows = [["", "", "", own, *(name for name in names if name != own)]]
+    for column in report["columns"]:
+        digits = 3 if column["lower_is_better"] else 1
+        scores = [f"{column['scores'][n]:.{digits}f}" if n in column["scores"] else "–" for n in rows[0][3:]]
+        unit = f"{column['unit']} ↓" if column["lower_is_better"] else column["unit"]
+        rows.append([column["title"], column["data"], unit, *scores])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
