@@ -74,7 +74,7 @@ def test_learns_to_tell_colours(model, pictures, features):
     assert found[0].dtype == np.uint8
     assert made.losses[-1] < made.losses[0]
     constant = np.mean([(m == 0).mean() for m in masks])
-    assert np.mean([(f == m).mean() for f, m in zip(found, masks, strict=False)]) > constant
+    assert np.mean([(f == m).mean() for f, m in zip(found, masks[:2], strict=True)]) > constant
     assert made.class_pixels.tolist() == np.bincount(np.ravel(masks)).tolist()
     if features == "cached":
         assert made.score(images, masks) > 60

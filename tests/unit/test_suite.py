@@ -102,6 +102,13 @@ def test_everything_in_one_table_and_kept(data, model, tmp_path, capsys):
     capsys.readouterr()
     changed = {p.name for p in before if p.stat().st_mtime_ns != before[p]}
     assert changed == {f"{t}--things.json" for t in ("knn", "linear", "logreg", "retrieval")}
+    heads = set((out / "heads").iterdir())
+    before = {p: p.stat().st_mtime_ns for p in before}
+    picture(data / "inside" / "rooms" / "images" / "train" / "0.png", 1, 8)  # what the transferred head learned from
+    assert main([*args, "--tasks", "transfer"]) == 0
+    capsys.readouterr()
+    assert {p.name for p in before if p.stat().st_mtime_ns != before[p]} == {"transfer--second.json"}
+    assert len(set((out / "heads").iterdir()) - heads) == 1, "the head of the old images is not taken"
 
 
 def test_a_failing_set_does_not_stop_the_others(data, model, tmp_path, capsys):

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from opendino.cli.evaluate.common import BackboneArgs
-from opendino.cli.evaluate.suite_cells import TASKS, Cell, find_cells
+from opendino.cli.evaluate.suite_cells import TASKS, Cell, file_lines, find_cells
 from opendino.errors import DataError, OpendinoError
 from opendino.evaluate.published import COLUMNS
 from opendino.report.suite import TableColumn
@@ -120,11 +120,9 @@ def cell_key(cell: Cell, model: dict[str, Any]) -> str:
     place = cell.place
     what = [cell.task, cell.settings, model, str(place.root.resolve()), place.learn, place.score]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
-    for folder, inside, names in os.walk(place.root, followlinks=True):
-        inside.sort()
-        for name in sorted(names):
-            status = os.stat(os.path.join(folder, name))
-            digest.update(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for root in (place.root, cell.learned_from):
+        for line in file_lines(root) if root is not None else ():
+            digest.update(line.encode())
     return digest.hexdigest()
 
 

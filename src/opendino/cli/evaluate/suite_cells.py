@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -89,6 +92,8 @@ class Cell:
     figures: tuple[Figure, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    learned_from: Path | None = None
+    """Other data that the result depends on: of the training that is applied here."""
 
     @property
     def name(self) -> str:
@@ -247,7 +252,8 @@ def _other_test(args: SuiteArgs, place: Place, places: list[Place]) -> list[Cell
         return run_robustness(RobustnessArgs(**shared(args), **given))
 
     figure = Figure("classification, other test set", "%", lambda r: r["sets"]["V2"]["top1"])
-    return [Cell("other_test", place, other_test, (figure,), note="logistic regression on the training images")]
+    note = "logistic regression on the training images"
+    return [Cell("other_test", place, other_test, (figure,), note=note, learned_from=imagenet.root)]
 
 
 def _steps(args: SuiteArgs) -> dict[str, Any]:
@@ -277,7 +283,7 @@ def _depth(args: SuiteArgs, place: Place, places: list[Place]) -> list[Cell]:
         def depth() -> Result:
             from opendino.cli.evaluate.depth import DepthArgs, run_depth
 
-            head = args.out / "heads" / f"depth--{place.name.replace('/', '_')}.safetensors"
+            head = _depth_head(args, place, settings)
             return run_depth(DepthArgs(**shared(args), **_splits(place), **settings, save_head=head))
 
         return [Cell("depth", place, depth, (rmse,), settings, "head trained on frozen patch tokens")]
@@ -288,13 +294,32 @@ def _transfer(args: SuiteArgs, place: Place, teacher: Place, settings: dict[str,
     def transfer() -> Result:
         from opendino.cli.evaluate.depth import DepthArgs, run_depth
 
-        head = args.out / "heads" / f"depth--{teacher.name.replace('/', '_')}.safetensors"
+        head = _depth_head(args, teacher, settings)
         if not head.is_file():
             run_depth(DepthArgs(**shared(args), **_splits(teacher), **settings, save_head=head))
         return run_depth(DepthArgs(**shared(args), data=place.root, val_split=str(place.score), head=head))
 
     figure = Figure(f"depth, transfer from {teacher.name}", "RMSE, m", lambda r: r["rmse"], lower_is_better=True)
-    return Cell("transfer", place, transfer, (figure,), settings | {"from": teacher.name}, "head untouched")
+    return Cell(
+        "transfer", place, transfer, (figure,), settings | {"from": teacher.name}, "head untouched", teacher.root
+    )
+
+
+def _depth_head(args: SuiteArgs, place: Place, settings: dict[str, Any]) -> Path:
+    """Give the file of a trained head; another model, other settings or other files have another one."""
+    digest = hashlib.sha256(json.dumps([args.model, args.weights, args.size, settings], default=str).encode())
+    for line in file_lines(place.root):
+        digest.update(line.encode())
+    return args.out / "heads" / f"depth--{place.name.replace('/', '_')}--{digest.hexdigest()[:12]}.safetensors"
+
+
+def file_lines(root: Path) -> Iterator[str]:
+    """Give path, size and time of every file below a folder, in a fixed order, to see whether anything changed."""
+    for folder, inside, names in os.walk(root, followlinks=True):
+        inside.sort()
+        for name in sorted(names):
+            status = os.stat(os.path.join(folder, name))
+            yield f"{folder}/{name} {status.st_size} {status.st_mtime_ns}\n"
 
 
 def _retrieval(args: SuiteArgs, place: Place) -> Cell:
