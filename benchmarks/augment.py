@@ -88,10 +88,10 @@ def opendino(spec: Spec, paths: list[str]) -> tuple[Batches, str]:
     """What the trainer does: a batch from the data set, colours for the whole batch."""
     from opendino.images.arrays import read_image
     from opendino.images.sources import open_source
+    from opendino.native.build import kernels
     from opendino.pretrain import data
     from opendino.pretrain.crops import CropsConfig
     from opendino.pretrain.memory import keep_freed_memory
-    from opendino.pretrain.native.build import kernels
     from opendino.pretrain.photometric import apply_photometric
 
     keep_freed_memory()  # as the engine does on a CPU

@@ -10,11 +10,12 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "opendino"
 MAY_IMPORT = {
+    "native": {"native"},
     "models": {"models"},
     "images": {"models", "images"},
     "distributed": {"distributed"},
-    "pretrain": {"models", "images", "distributed", "pretrain"},
-    "embed": {"models", "images", "embed"},
+    "pretrain": {"native", "models", "images", "distributed", "pretrain"},
+    "embed": {"native", "models", "images", "embed"},
     "evaluate": {"models", "images", "evaluate"},
     "heads": {"models", "images", "embed", "evaluate", "heads"},
     "finetune": {"models", "images", "embed", "evaluate", "heads", "finetune"},

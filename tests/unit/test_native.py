@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from opendino.native import build
 from opendino.pretrain import crops as C
 from opendino.pretrain import photometric as P
 from opendino.pretrain.crops import Boxes, CropsConfig, cut_crops, draw_boxes, sample_rng
-from opendino.pretrain.native import build
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C compiler")
 OFF = build.Kernels(None, "")
@@ -198,7 +198,7 @@ class TestBuild:
 
     @needs_compiler
     def test_processes_that_start_together_all_get_it(self, tmp_path):
-        code = "from opendino.pretrain.native.build import kernels; assert kernels().library.cut_crops"
+        code = "from opendino.native.build import kernels; assert kernels().library.cut_crops"
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
         started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(4)]
         assert [p.wait() for p in started] == [0] * 4

@@ -7,8 +7,8 @@ import tempfile
 
 from rich.console import Console
 
+from opendino.native.build import kernels
 from opendino.pretrain.config import PretrainConfig
-from opendino.pretrain.native.build import kernels
 from opendino.pretrain.profile import make_profile, measure_loader, show_profile, top_operators
 from opendino.pretrain.trainer import Trainer
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from opendino.pretrain.native import cutting
-from opendino.pretrain.native.build import kernels
+from opendino.native import cutting
+from opendino.native.build import kernels
 
 Array = np.ndarray[Any, Any]
 ASPECT = (3 / 4, 4 / 3)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from opendino.errors import DataError, MissingExtraError
 from opendino.images.arrays import read_image
 from opendino.images.sources import ImageSource
+from opendino.native.build import kernels
 from opendino.pretrain.crops import (
     RETRY_STREAM,
     CropsConfig,
@@ -31,7 +32,6 @@ from opendino.pretrain.crops import (
     sample_rng,
 )
 from opendino.pretrain.float_crops import multi_crop_float
-from opendino.pretrain.native.build import kernels
 from opendino.pretrain.order import Request, StepSampler, choose_order
 from opendino.pretrain.photometric import (
     PhotometricParams,

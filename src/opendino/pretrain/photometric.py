@@ -3,7 +3,7 @@
 
 Parameters are drawn per sample from its own generator (`draw_photometric`) and applied to the batch at once
 (`apply_photometric`) in the order jitter, grey, blur, solarize, normalise; each operation touches only the crops that
-it is drawn for. On a CPU a compiled kernel does this crop by crop where there is one (`opendino.pretrain.native`), with
+it is drawn for. On a CPU a compiled kernel does this crop by crop where there is one (`opendino.native`), with
 results equal to 1e-5; the operations of `colour_operations` are its reference, and what runs everywhere else.
 """
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from opendino.errors import ConfigError
+from opendino.native import colours
+from opendino.native.build import kernels as native_kernels
 from opendino.pretrain.colour_operations import (
     BLUR_KERNEL,
     adjust_brightness_,
@@ -33,8 +35,6 @@ from opendino.pretrain.colour_operations import (
     to_grey_,
 )
 from opendino.pretrain.crops import CropsConfig
-from opendino.pretrain.native import colours
-from opendino.pretrain.native.build import kernels as native_kernels
 
 CHUNK_VALUES = 8 * 3 * 98 * 98
 """Values that go through the colour operations together on a CPU: 0.9 MB, about a core's own cache."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package's C kernels: compiled once by the machine's own C compiler, kept in the user's cache.
 
-Crops and colours of pre-training use them on a CPU where they can be had, and torch's operations elsewhere, with the
-same results but for rounding. OPENDINO_NATIVE=0 turns them off; CC names the compiler.
+Crops and colours of pre-training and the attention of an Embedder use them on a CPU where they can be had, and torch's
+operations elsewhere, with the same results but for rounding. OPENDINO_NATIVE=0 turns them off; CC names the compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from threading import Lock
 
 log = logging.getLogger("opendino")
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("colours.c", "crops.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "colours.c", "crops.c"))
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wno-psabi")
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")

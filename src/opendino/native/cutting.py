@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from opendino.pretrain.native.threads import run_together
+from opendino.native.threads import run_together
 
 IMAGES_PER_THREAD = 4
 """Starting a thread takes about as long as cutting so many small images."""
@@ -21,7 +21,7 @@ def cut_crops(library: ctypes.CDLL, images: Sequence[Tensor], boxes: Array, out:
     """Cut rectangles out of images and resize each to a square, bicubic with antialias, on torch's number of threads.
 
     Args:
-        library: of `opendino.pretrain.native.build`.
+        library: of `opendino.native.build`.
         images: B images, uint8 (C, H, W) on the CPU with the channels of a pixel together in memory.
         boxes: (n, B, 5): top, left, height, width, and 1 for a flip; inside the images.
         out: contiguous uint8 (k·B, C, s, s) tensors for the first k of n crops of all images, the next k, and so on;

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opendino.pretrain.native.threads import run_together
+from opendino.native.threads import run_together
 
 VALUES_PER_THREAD = 2**18
 """Starting a thread takes about as long as colouring so many values."""
@@ -47,7 +47,7 @@ def colour_crops(
     """Give coloured and normalised crops, on as many threads as torch uses.
 
     Args:
-        library: of `opendino.pretrain.native.build`.
+        library: of `opendino.native.build`.
         crops: (n, C, h, w), uint8, or float32 in 0–255, on the CPU; h and w more than 4 where there is blur.
         steps: (n, 4), operations of the jitter in their order: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none.
         factors: (n, 4) of these operations.

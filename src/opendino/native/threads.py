@@ -23,4 +23,4 @@ def run_together(kernel: Callable[[], int], most: int) -> None:
     for helper in helpers:
         helper.join()
     if any(codes):
-        raise MemoryError("There is no memory for the crops of a batch.")
+        raise MemoryError("There is no memory for what a native kernel keeps while it works.")
