@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "opendino"
 MAY_IMPORT = {
     "native": {"native"},
-    "models": {"models"},
+    "models": {"native", "models"},
     "images": {"models", "images"},
     "distributed": {"distributed"},
     "pretrain": {"native", "models", "images", "distributed", "pretrain"},

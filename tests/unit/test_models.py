@@ -219,3 +219,11 @@ def test_gelu_made_again_gives_the_gradients_of_gelu_kept(monkeypatch):
     assert [f[0] for f in found] == [2, 1]  # of the hidden layer and its GELU, the former alone
     for one, other in zip(found[0][1:], found[1][1:]):
         torch.testing.assert_close(one, other)
+
+
+def test_patches_in_training_are_those_of_the_convolution():
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig(img_size=28, embed_dim=16, num_heads=2, depth=1))
+    x = torch.randn(2, 3, 42, 28)
+    expected = model.eval().patch_embed(x)
+    torch.testing.assert_close(model.train().patch_embed(x), expected, atol=1e-5, rtol=1e-5)

@@ -10,6 +10,7 @@ into one sequence: then linear layers run once over all tokens and attention sta
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,12 +20,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opendino.models.config import ViTConfig
+from opendino.native.attention import HEAD_DIM, PackedAttention, attention_supported
+from opendino.native.build import kernels
 
 Shapes = Sequence[tuple[int, int]]
 
 EXPLICIT_ATTENTION_MAX_TOKENS = 320
 """Up to this many tokens, a network in training mode on a CPU uses explicit products: torch's CPU flash attention is
-slower there (benchmarks/RESULTS.md). Everything else uses scaled_dot_product_attention."""
+slower there (benchmarks/RESULTS.md). Everything else uses scaled_dot_product_attention, and packed bf16 tokens on a
+processor with bf16 products a kernel of our own."""
 
 RECOMPUTE_GELU_FROM = 2**22
 """Values of a hidden layer from which on GELU's output is not kept; below it takes 16 MiB at most."""
@@ -39,7 +43,17 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.device.type == "cpu":
+            return self._as_product(x)
         out: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return out
+
+    def _as_product(self, x: Tensor) -> Tensor:
+        """The same as one product over rows of pixels; the convolution and its gradients take a CPU twice as long."""
+        p = self.patch_size
+        grid = x.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, C, h, p, w, p)
+        rows = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)  # (B, h·w, C·p·p)
+        out: Tensor = F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
         return out
 
 
@@ -160,7 +174,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, N, D) → (B, N, D), or packed (T, D) → (T, D); only the rows `keep` of a packed result when given."""
         qkv = self.qkv(x)
-        if shapes is None:
+        if shapes is not None and (library := self._kernels_for(qkv)):
+            mixed = PackedAttention.apply(library, qkv.contiguous(), shapes, self.num_heads)
+        elif shapes is None:
             mixed = self._mix(qkv)
         else:
             parts = qkv.split([b * n for b, n in shapes])
@@ -168,6 +184,13 @@ class Attention(nn.Module):
                 [self._mix(p.unflatten(0, shape)).flatten(0, 1) for p, shape in zip(parts, shapes, strict=True)]
             )
         return scaled_linear(mixed if keep is None else mixed[keep], self.proj, scale)
+
+    def _kernels_for(self, qkv: Tensor) -> ctypes.CDLL | None:
+        """Give the native kernels where they serve: packed bf16 tokens on a CPU that has bf16 products."""
+        if qkv.dtype is not torch.bfloat16 or qkv.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        library = kernels().library if qkv.shape[-1] == 3 * self.num_heads * HEAD_DIM else None
+        return library if library and attention_supported(library) else None
 
     def _mix(self, qkv: Tensor) -> Tensor:
         if not qkv.numel():  # no image of this group was kept by stochastic depth

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax attention of bf16 tokens on processors with AVX-512 bf16 products, and the addition of a branch to the
-// residual stream together with the LayerNorm that follows it.
+// Softmax attention of bf16 tokens and its gradients on processors with AVX-512 bf16 products, and the addition of a
+// branch to the residual stream together with the LayerNorm that follows it.
 //
 // Shapes: B images, N tokens, H heads of 64, D = 64·H.
 //
@@ -8,6 +8,11 @@
 // each dimension stands beside that of the next key; both are what the bf16 product reads. Then, for QUERIES queries at a
 // time, scores against all keys go to a buffer that stays in the first cache, become probabilities there, and weigh V.
 // Products and sums are fp32; probabilities are rounded to bf16 for the second product, as a bf16 softmax would give.
+//
+// Gradients, with P the probabilities, s the scale, δ = Σ dO·O of each query (Dao et al. 2022, appendix B.4):
+//   dS = P·(dO·Vᵀ − δ)·s    dQ = dS·K    dK = dSᵀ·Q    dV = Pᵀ·dO
+// P is made again from the logarithm of each query's sum. Rows of dS are made for a few queries to give their dQ, and once
+// more for a few keys to give their dK and dV: two products more than keeping dS, and nothing to turn round or to keep.
 
 #include <math.h>
 #include <stdatomic.h>
@@ -207,44 +212,139 @@ typedef struct {
     uint16_t *weights;
 } Scratch;
 
-static void attend(const uint16_t *qkv, uint16_t *out, int64_t n, int64_t heads, float scale, Scratch s) {
+#define LOG2E 1.44269504f
+
+// Scores of QUERIES rows against all `blocks` blocks of packed keys; `last` says which keys of the last block there are.
+static inline void all_scores(const uint16_t *const *queries, const uint32_t *keys, float *scores, int64_t blocks,
+                              __m512 *largest, __mmask16 last) {
+    int64_t padded = 16 * blocks;
+    for (int64_t b = 0; b < blocks;) {
+        int64_t left = blocks - b;
+        __mmask16 there = left <= 4 ? last : 0xffff;
+        if (left >= 4) scores_4(queries, keys + b * 512, scores + 16 * b, padded, largest, there), b += 4;
+        else if (left == 3) scores_3(queries, keys + b * 512, scores + 16 * b, padded, largest, there), b += 3;
+        else if (left == 2) scores_2(queries, keys + b * 512, scores + 16 * b, padded, largest, there), b += 2;
+        else scores_1(queries, keys + b * 512, scores + 16 * b, padded, largest, there), b += 1;
+    }
+}
+
+// QUERIES rows of 64 from row `first` of n with distance `stride`; past the end the last one again.
+static inline void rows_from(const uint16_t *at, int64_t stride, int64_t first, int64_t n, const uint16_t **rows) {
+    for (int q = 0; q < QUERIES; q++) rows[q] = at + (first + q < n ? first + q : n - 1) * stride;
+}
+
+// The same for results; past the end they go nowhere.
+static inline void results_to(uint16_t *at, int64_t stride, int64_t first, int64_t n, uint16_t *nowhere,
+                              uint16_t **rows) {
+    for (int q = 0; q < QUERIES; q++) rows[q] = first + q < n ? at + (first + q) * stride : nowhere;
+}
+
+// `logs`: where the natural logarithm of the sum of exp(scores) of each query goes, or NULL.
+static void attend(const uint16_t *qkv, uint16_t *out, float *logs, int64_t n, int64_t heads, float scale, Scratch s) {
     int64_t stride = 3 * heads * HEAD, step = heads * HEAD, padded = (n + 15) / 16 * 16, blocks = padded / 16;
     pack_keys(qkv + step, stride, n, s.keys);
     pack_values(qkv + 2 * step, stride, n, padded, s.values);
     __mmask16 last = (__mmask16)(0xffff >> (padded - n));
-    uint16_t unused[HEAD];
+    uint16_t nowhere[HEAD];
     for (int64_t first = 0; first < n; first += QUERIES) {
         const uint16_t *queries[QUERIES];
         uint16_t *results[QUERIES];
         __m512 largest[QUERIES];
-        for (int q = 0; q < QUERIES; q++) {  // past the end: once more the last query, into nowhere
-            int64_t row = first + q < n ? first + q : n - 1;
-            queries[q] = qkv + row * stride;
-            results[q] = first + q < n ? out + row * step : unused;
-            largest[q] = _mm512_set1_ps(-INFINITY);
-        }
-        for (int64_t b = 0; b < blocks;) {
-            int64_t left = blocks - b;
-            const uint32_t *keys = s.keys + b * 512;
-            float *scores = s.scores + 16 * b;
-            __mmask16 there = left <= 4 ? last : 0xffff;
-            if (left >= 4) scores_4(queries, keys, scores, padded, largest, there), b += 4;
-            else if (left == 3) scores_3(queries, keys, scores, padded, largest, there), b += 3;
-            else if (left == 2) scores_2(queries, keys, scores, padded, largest, there), b += 2;
-            else scores_1(queries, keys, scores, padded, largest, there), b += 1;
-        }
+        rows_from(qkv, stride, first, n, queries);
+        results_to(out, step, first, n, nowhere, results);
+        for (int q = 0; q < QUERIES; q++) largest[q] = _mm512_set1_ps(-INFINITY);
+        all_scores(queries, s.keys, s.scores, blocks, largest, last);
         float sums[QUERIES];
-        for (int q = 0; q < QUERIES; q++)
-            sums[q] = probabilities(s.scores + q * padded, padded, largest[q], scale * 1.44269504f,
-                                    s.weights + q * padded);
+        for (int q = 0; q < QUERIES; q++) {
+            sums[q] = probabilities(s.scores + q * padded, padded, largest[q], scale * LOG2E, s.weights + q * padded);
+            if (logs && first + q < n) logs[first + q] = scale * _mm512_reduce_max_ps(largest[q]) + logf(sums[q]);
+        }
         weigh(s.weights, padded, s.values, n, sums, results);
     }
 }
 
-// qkv (B, N, 3, H, 64) → out (B, N, H, 64), both bf16 without gaps. Threads that share a call take heads by `next`,
-// which begins at 0. Gives 1 when there is no memory.
-int attention_bf16(const uint16_t *qkv, uint16_t *out, int64_t images, int64_t n, int64_t heads, float scale,
-                   atomic_long *next) {
+// Scores and dO·Vᵀ of one row become P and dS, bf16. `logs` and `deltas` hold one number for each lane when `by_lane`,
+// else the one number of the row. Lanes that are not `there` in the last block become 0.
+static inline void gradients(const float *scores, const float *dp, int64_t padded, __mmask16 last, float scale,
+                             const float *logs, const float *deltas, int by_lane, uint16_t *p_out, uint16_t *ds_out) {
+    __m512 factor = _mm512_set1_ps(scale * LOG2E), s = _mm512_set1_ps(scale);
+    for (int64_t k = 0; k < padded; k += 16) {
+        __mmask16 there = k + 16 == padded ? last : 0xffff;
+        __m512 log = by_lane ? _mm512_loadu_ps(logs + k) : _mm512_set1_ps(*logs);
+        __m512 delta = by_lane ? _mm512_loadu_ps(deltas + k) : _mm512_set1_ps(*deltas);
+        __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + k), factor, _mm512_mul_ps(log, _mm512_set1_ps(LOG2E)));
+        __m512 p = _mm512_maskz_mov_ps(there, power_of_two(_mm512_min_ps(x, _mm512_setzero_ps())));
+        __m512 ds = _mm512_maskz_mul_ps(there, _mm512_mul_ps(p, s), _mm512_sub_ps(_mm512_loadu_ps(dp + k), delta));
+        if (p_out) _mm256_storeu_si256((__m256i *)(p_out + k), (__m256i)_mm512_cvtneps_pbh(p));
+        _mm256_storeu_si256((__m256i *)(ds_out + k), (__m256i)_mm512_cvtneps_pbh(ds));
+    }
+}
+
+typedef struct {
+    uint32_t *keys, *values, *first, *second;  // packed
+    float *scores, *dp, *logs, *deltas;
+    uint16_t *p, *ds;
+} GradientScratch;
+
+static void differentiate(const uint16_t *qkv, const uint16_t *out, const float *logs, const uint16_t *dout,
+                          uint16_t *dqkv, int64_t n, int64_t heads, float scale, GradientScratch s) {
+    int64_t stride = 3 * heads * HEAD, step = heads * HEAD, padded = (n + 15) / 16 * 16, blocks = padded / 16;
+    const uint16_t *key = qkv + step, *value = qkv + 2 * step;
+    const float ones[QUERIES] = {1, 1, 1, 1, 1, 1};
+    __mmask16 last = (__mmask16)(0xffff >> (padded - n));
+    __m512 unused[QUERIES];
+    uint16_t nowhere[HEAD];
+    const uint16_t *rows[QUERIES], *others[QUERIES];
+    uint16_t *results[QUERIES];
+    for (int q = 0; q < QUERIES; q++) unused[q] = _mm512_setzero_ps();
+    memset(s.logs, 0, padded * sizeof(float));
+    memset(s.deltas, 0, padded * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        s.logs[i] = logs[i];
+        for (int d = 0; d < HEAD; d++) s.deltas[i] += from_bf16(out[i * step + d]) * from_bf16(dout[i * step + d]);
+    }
+    // dQ, a few queries at a time against all keys
+    pack_keys(key, stride, n, s.keys);
+    pack_keys(value, stride, n, s.values);
+    pack_values(key, stride, n, padded, s.first);
+    for (int64_t first = 0; first < n; first += QUERIES) {
+        rows_from(qkv, stride, first, n, rows);
+        rows_from(dout, step, first, n, others);
+        all_scores(rows, s.keys, s.scores, blocks, unused, last);
+        all_scores(others, s.values, s.dp, blocks, unused, last);
+        for (int q = 0; q < QUERIES; q++) {
+            int64_t row = first + q < n ? first + q : n - 1;
+            gradients(s.scores + q * padded, s.dp + q * padded, padded, last, scale, s.logs + row, s.deltas + row, 0,
+                      NULL, s.ds + q * padded);
+        }
+        results_to(dqkv, stride, first, n, nowhere, results);
+        weigh(s.ds, padded, s.first, n, ones, results);
+    }
+    // dK and dV, a few keys at a time against all queries
+    pack_keys(qkv, stride, n, s.keys);
+    pack_keys(dout, step, n, s.values);
+    pack_values(qkv, stride, n, padded, s.first);
+    pack_values(dout, step, n, padded, s.second);
+    for (int64_t first = 0; first < n; first += QUERIES) {
+        rows_from(key, stride, first, n, rows);
+        rows_from(value, stride, first, n, others);
+        all_scores(rows, s.keys, s.scores, blocks, unused, last);
+        all_scores(others, s.values, s.dp, blocks, unused, last);
+        for (int q = 0; q < QUERIES; q++)
+            gradients(s.scores + q * padded, s.dp + q * padded, padded, last, scale, s.logs, s.deltas, 1,
+                      s.p + q * padded, s.ds + q * padded);
+        results_to(dqkv + step, stride, first, n, nowhere, results);
+        weigh(s.ds, padded, s.first, n, ones, results);
+        results_to(dqkv + 2 * step, stride, first, n, nowhere, results);
+        weigh(s.p, padded, s.second, n, ones, results);
+    }
+}
+
+// qkv (B, N, 3, H, 64) → out (B, N, H, 64), both bf16 without gaps, and where `logs` is not NULL the logarithms that the
+// gradients need, (B, H, N) fp32. Threads that share a call take heads by `next`, which begins at 0. Gives 1 when there
+// is no memory.
+int attention_bf16(const uint16_t *qkv, uint16_t *out, float *logs, int64_t images, int64_t n, int64_t heads,
+                   float scale, atomic_long *next) {
     int64_t padded = (n + 15) / 16 * 16;
     size_t bytes = (size_t)padded * (2 * HEAD * 2 + QUERIES * 6) + 4 * 64;
     char *memory = malloc(bytes);
@@ -259,8 +359,38 @@ int attention_bf16(const uint16_t *qkv, uint16_t *out, int64_t images, int64_t n
         int64_t i = atomic_fetch_add(next, 1);
         if (i >= images * heads) break;
         int64_t image = i / heads, head = i % heads;
-        attend(qkv + image * n * 3 * heads * HEAD + head * HEAD, out + image * n * heads * HEAD + head * HEAD, n, heads,
-               scale, s);
+        attend(qkv + image * n * 3 * heads * HEAD + head * HEAD, out + image * n * heads * HEAD + head * HEAD,
+               logs ? logs + i * n : NULL, n, heads, scale, s);
+    }
+    free(memory);
+    return 0;
+}
+
+// From what `attention_bf16` took and gave and the gradient of `out`, the gradient of qkv.
+int attention_bf16_backward(const uint16_t *qkv, const uint16_t *out, const float *logs, const uint16_t *dout,
+                            uint16_t *dqkv, int64_t images, int64_t n, int64_t heads, float scale, atomic_long *next) {
+    int64_t padded = (n + 15) / 16 * 16;
+    size_t bytes = (size_t)padded * (4 * HEAD * 2 + QUERIES * 12 + 8) + 64;
+    char *memory = malloc(bytes);
+    if (!memory) return 1;
+    char *at = (char *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+    GradientScratch s;
+    s.keys = (uint32_t *)at;
+    s.values = (uint32_t *)(at += padded * HEAD * 2);
+    s.first = (uint32_t *)(at += padded * HEAD * 2);
+    s.second = (uint32_t *)(at += padded * HEAD * 2);
+    s.scores = (float *)(at += padded * HEAD * 2);
+    s.dp = (float *)(at += padded * QUERIES * 4);
+    s.logs = (float *)(at += padded * QUERIES * 4);
+    s.deltas = (float *)(at += padded * 4);
+    s.p = (uint16_t *)(at += padded * 4);
+    s.ds = (uint16_t *)(at + padded * QUERIES * 2);
+    for (;;) {
+        int64_t i = atomic_fetch_add(next, 1);
+        if (i >= images * heads) break;
+        int64_t image = i / heads, head = i % heads;
+        int64_t inputs = image * n * 3 * heads * HEAD + head * HEAD, outputs = image * n * heads * HEAD + head * HEAD;
+        differentiate(qkv + inputs, out + outputs, logs + i * n, dout + outputs, dqkv + inputs, n, heads, scale, s);
     }
     free(memory);
     return 0;
@@ -270,10 +400,16 @@ int attention_bf16(const uint16_t *qkv, uint16_t *out, int64_t images, int64_t n
 
 int attention_bf16_supported(void) { return 0; }
 
-int attention_bf16(const uint16_t *qkv, uint16_t *out, int64_t images, int64_t n, int64_t heads, float scale,
-                   atomic_long *next) {
-    (void)qkv, (void)out, (void)images, (void)n, (void)heads, (void)scale, (void)next;
+int attention_bf16(const uint16_t *qkv, uint16_t *out, float *logs, int64_t images, int64_t n, int64_t heads,
+                   float scale, atomic_long *next) {
+    (void)qkv, (void)out, (void)logs, (void)images, (void)n, (void)heads, (void)scale, (void)next;
     return 2;
+}
+
+int attention_bf16_backward(const uint16_t *qkv, const uint16_t *out, const float *logs, const uint16_t *dout,
+                            uint16_t *dqkv, int64_t images, int64_t n, int64_t heads, float scale, atomic_long *next) {
+    (void)logs, (void)dout, (void)dqkv;
+    return attention_bf16(qkv, (uint16_t *)out, NULL, images, n, heads, scale, next);
 }
 
 #endif

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of bf16 tokens, and residual stream with LayerNorm, by the compiled kernels.
+"""Attention of bf16 tokens with its gradients, and residual stream with LayerNorm, by the compiled kernels.
 
-Shapes: B images, N tokens, H heads of 64, D = 64·H.
+Shapes: B images, N tokens, H heads of 64, D = 64·H, T = ΣB·N tokens of a packed batch.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,10 @@ from opendino.native.threads import run_together
 
 HEAD_DIM = 64
 """Width of a head that the kernel is written for; that of every published model."""
-VALUES_PER_THREAD = 2**17
+SCORES_PER_THREAD = 2**17
 """Starting a thread takes about as long as the attention over so many scores."""
+OTHER_WORK = 32
+"""Scores of a query that take as long as all that is done once a token."""
 
 
 def attention_supported(library: ctypes.CDLL) -> bool:
@@ -24,7 +28,7 @@ def attention_supported(library: ctypes.CDLL) -> bool:
     return bool(library.attention_bf16_supported())
 
 
-def attend(library: ctypes.CDLL, qkv: Tensor, num_heads: int, threads: int = 1) -> Tensor:
+def attend(library: ctypes.CDLL, qkv: Tensor, num_heads: int, threads: int) -> Tensor:
     """Give softmax(QKᵀ/8)·V of every head.
 
     Args:
@@ -36,22 +40,73 @@ def attend(library: ctypes.CDLL, qkv: Tensor, num_heads: int, threads: int = 1) 
     Returns:
         bf16 (B, N, D). Products are added up in fp32; the softmax is fp32 and rounded to bf16.
     """
+    out = qkv.new_empty(*qkv.shape[:2], num_heads * HEAD_DIM)
+    _forward(library, qkv, out, None, num_heads, threads)
+    return out
+
+
+class PackedAttention(torch.autograd.Function):
+    """Attention inside each image of a packed batch, which can be differentiated once.
+
+    The logarithm of each query's sum is kept for the backward pass, and neither scores nor probabilities.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, library: ctypes.CDLL, qkv: Tensor, shapes: Sequence[tuple[int, int]], num_heads: int
+    ) -> Tensor:
+        """Give bf16 (T, D).
+
+        Args:
+            ctx: torch's.
+            library: of `opendino.native.build`, where `attention_supported`.
+            qkv: contiguous bf16 (T, 3·D).
+            shapes: (B, N) of each group of images; T = ΣB·N.
+            num_heads: H.
+        """
+        out = qkv.new_empty(len(qkv), num_heads * HEAD_DIM)
+        logs = torch.empty(len(qkv) * num_heads)
+        lengths = [b * n for b, n in shapes]
+        parts = zip(qkv.split(lengths), out.split(lengths), logs.split([n * num_heads for n in lengths]), strict=True)
+        for (x, y, log), (batch, tokens) in zip(parts, shapes, strict=True):
+            _forward(library, x.view(batch, tokens, x.shape[-1]), y, log, num_heads, torch.get_num_threads())
+        ctx.save_for_backward(qkv, out, logs)
+        ctx.library, ctx.shapes, ctx.num_heads = library, shapes, num_heads
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:  # type: ignore[override]
+        """Give the gradient of qkv."""
+        qkv, out, logs = ctx.saved_tensors
+        gradient, result, done = gradient.contiguous(), torch.empty_like(qkv), 0
+        for batch, tokens in ctx.shapes:
+            tensors = (qkv[done:], out[done:], logs[done * ctx.num_heads :], gradient[done:], result[done:])
+            sizes = (batch, tokens, ctx.num_heads)
+            _run(ctx.library.attention_bf16_backward, tensors, sizes, 3 * torch.get_num_threads())
+            done += batch * tokens
+        return None, result, None, None
+
+
+def _forward(library: ctypes.CDLL, qkv: Tensor, out: Tensor, logs: Tensor | None, num_heads: int, threads: int) -> None:
     batch, tokens, width = qkv.shape
     assert qkv.dtype is torch.bfloat16
     assert qkv.is_contiguous()
     assert width == 3 * num_heads * HEAD_DIM
-    out = qkv.new_empty(batch, tokens, num_heads * HEAD_DIM)
+    _run(library.attention_bf16, (qkv, out, logs), (batch, tokens, num_heads), threads)
+
+
+def _run(kernel: Any, tensors: Sequence[Tensor | None], sizes: tuple[int, int, int], threads: int) -> None:
+    batch, tokens, num_heads = sizes
     following = ctypes.c_long(0)
     arguments = (
-        ctypes.c_void_p(qkv.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()),
-        *map(ctypes.c_int64, (batch, tokens, num_heads)),
+        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors),
+        *map(ctypes.c_int64, sizes),
         ctypes.c_float(HEAD_DIM**-0.5),
         ctypes.byref(following),
     )
-    most = min(threads, batch * num_heads * tokens * tokens // VALUES_PER_THREAD)
-    run_together(lambda: int(library.attention_bf16(*arguments)), most)
-    return out
+    scores = batch * num_heads * tokens * (tokens + OTHER_WORK)
+    run_together(lambda: int(kernel(*arguments)), min(threads, scores // SCORES_PER_THREAD))
 
 
 def add_and_normalize(
