@@ -75,8 +75,8 @@ class PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
         """Give the gradient of qkv."""
         qkv, out, logs = ctx.saved_tensors
         gradient, result, done = gradient.contiguous(), torch.empty_like(qkv), 0

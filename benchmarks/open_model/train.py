@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-train the stages of `vitt14_open` on images whose licences allow it; go on after a kill, or in another session.
+
+    python benchmarks/open_model/build.py --out SETS
+    nice python benchmarks/open_model/train.py --sets SETS --out RUNS --stage 1
+
+Each stage is a run folder RUNS/stage1, RUNS/stage2 … that is trained by the recipe vitt14_open_1, … Each set has its share
+of the images of an epoch, whatever its size: images of a small set are named several times in the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from real_sets.train import Session
+
+from opendino.cli.pretrain import run
+from opendino.errors import OpendinoError
+from opendino.images.sources import open_source
+from opendino.pretrain.config import load_recipe
+from opendino.pretrain.interrupts import TrainingStopped
+
+SHARES = {"fashion-mnist": 1.0, "emoji": 1.0, "openclipart": 0.6, "rooms": 0.4, "photos": 0.6}
+"""Images of a set in an epoch, as a part of Fashion-MNIST's 60 000; sets that are not there yet are left out."""
+EPOCH = 60_000
+
+
+def main() -> None:
+    """Start the stage, or go on with it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=Path, required=True, help="folder that build.py filled")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the stages' run folders")
+    parser.add_argument("--stage", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    out = args.out / f"stage{args.stage}"
+    out.mkdir(parents=True, exist_ok=True)
+    place = {"data": str(training_list(args.sets, out)), "data_may_change": True, "out": str(out), "seed": args.seed}
+    with Session(out / "sessions"):
+        run(load_recipe(f"vitt14_open_{args.stage}").model_copy(update=place))
+
+
+def training_list(sets: Path, out: Path) -> Path:
+    """Write the list of all images that are trained on, each as often as its set's share asks for."""
+    lines: list[str] = []
+    for name, share in SHARES.items():
+        if not (sets / name).is_dir():
+            print(f"{name}: not there, left out", flush=True)
+            continue
+        paths = [str(Path(item.path).resolve()) for item in open_source(sets / name).items]
+        repeats = max(1, round(share * EPOCH / len(paths)))
+        lines += paths * repeats
+        print(f"{name}: {len(paths)} images, {repeats} times", flush=True)
+    path = out / "train.txt"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OpendinoError as error:
+        raise SystemExit(f"Error: {error}") from None
+    except TrainingStopped as stopped:
+        raise SystemExit(str(stopped)) from None
