@@ -16,6 +16,8 @@ def test_all_recipes_are_there():
         "vitl14_long",
         "vitl14_short",
         "vits14",
+        "vits14_continue",
+        "vitt14_continue",
         "vitt14_demo",
         "vitt14_mixture",
         "vitt7_fashion",

@@ -38,7 +38,8 @@ def record(step):
             "cls_norm_outliers": 0.0, "patch_norm_outliers": 0.0, "update_norm_backbone": 1e-3,
             "update_norm_dino_head": 0.0,
         }  # fmt: skip
-    return figures | ({"probe": {"knn20_top1": 40.0, "knn20_mean": 30.0}} if step % 100 == 0 else {})
+    checked = {"probe": {"knn20_top1": 40.0, "knn20_mean": 30.0}, "guard": {"feature_rank": 12.0}}
+    return figures | (checked if step % 100 == 0 else {})
 
 
 @pytest.fixture

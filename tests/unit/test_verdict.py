@@ -240,7 +240,7 @@ def test_unreadable_images():
 def test_bad_comes_before_watch_and_every_rule_is_in_the_list():
     records = run_of(lambda s: {"data_wait": 0.4, "prototypes_won": 1, "prototype_use": 1 / 32, "feature_rank": 1.0})
     assert [f.level for f in verdict(records, settings())] == ["bad", "watch"]
-    assert len(RULES) == len(set(RULES)) == 14
+    assert len(RULES) == len(set(RULES)) == 15
 
 
 def test_series_and_since():

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from opendino.cli.launching import start_processes
 from opendino.errors import ConfigError, DataError, MissingExtraError
 from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
+from opendino.pretrain.initialise import fitted, with_start
 
 log = logging.getLogger("opendino")
 EXAMPLE = """Train a backbone on your images without labels.
@@ -24,8 +25,10 @@ EXAMPLE = """Train a backbone on your images without labels.
 Example:
   opendino pretrain --recipe vitt14_demo --data photos/ --out runs/first --steps 500 --optim.lr 1e-3
   opendino pretrain --recipe vitl14_short --data photos/ --out runs/large --nproc 8
+  opendino pretrain --recipe vits14_continue --data photos/ --out runs/own --init vits14 --probe labelled/
   opendino pretrain --recipe vits14 --data photos/ --batch-size 16 --profile 5
 
+--init starts from weights (a name, a file, a folder, a run; docs/adaptation.md): the architecture comes from them.
 Any setting of the recipe can be given as a flag. --steps compresses the recipe's warm-ups in proportion.
 The run folder then holds config.yaml, metrics.jsonl, report.html, checkpoints/ and weights/teacher.safetensors,
 which opendino.load("runs/first") reads. Ctrl-C, SIGTERM and SIGUSR1 save and leave; `opendino resume` continues."""
@@ -40,10 +43,17 @@ class PretrainArguments(PretrainConfig):
 
 def read_arguments(argv: list[str]) -> tuple[PretrainConfig, PretrainArguments]:
     """Resolve a recipe and the flags that override it; give the settings, and all that was asked for."""
+    argv = [f"--init.weights{word[6:]}" if word.split("=")[0] == "--init" else word for word in argv]
     base = load_recipe(_value_of("--recipe", argv) or "vits14")
     steps = _value_of("--steps", argv)
     if steps is not None and steps.isdigit() and int(steps) > 0:
         base = with_steps(base, int(steps))
+    weights = _value_of("--init.weights", argv)
+    if weights is not None:
+        base = base.model_copy(update={"init": base.init.model_copy(update={"weights": weights})})
+    if base.init.weights and not {"-h", "--help"} & set(argv):
+        heads = _value_of("--model.num-heads", argv) or ""
+        base = with_start(base, int(heads) if heads.isdigit() else None)
     arguments = tyro.cli(
         PretrainArguments, args=argv, default=PretrainArguments(**dict(base)),
         prog="opendino pretrain", description=EXAMPLE, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
@@ -51,7 +61,8 @@ def read_arguments(argv: list[str]) -> tuple[PretrainConfig, PretrainArguments]:
     for flag in ("data",) if arguments.profile else ("data", "out"):
         if not getattr(arguments, flag):
             raise ConfigError(f"--{flag} is missing. Example: opendino pretrain --data photos/ --out runs/first")
-    return PretrainConfig(**{name: getattr(arguments, name) for name in PretrainConfig.model_fields}), arguments
+    config = PretrainConfig(**{name: getattr(arguments, name) for name in PretrainConfig.model_fields})
+    return (fitted(config) if config.init.weights else config), arguments
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
@@ -106,6 +117,8 @@ def run(config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
         leave()
         if main_process:
             explain(Path(config.out), quiet)
+    if (compared := trainer.guard.compared()) and not trainer.guard.below_start():  # else it has been logged
+        console.print(compared, highlight=False)
     console.print(f"Done: {config.out}/weights/teacher.safetensors; opendino.load({config.out!r}) reads it.")
     return record
 
@@ -133,7 +146,8 @@ def describe(record: dict[str, Any]) -> str:
     """Put the figures of a step on one line."""
     parts = [f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "koleo") if k in record]
     parts += [f"{record['images_per_s']:.3g} images/s", f"waiting for data {100 * record['data_wait']:.0f} %"]
-    parts += [f"{k} {v:.1f}" for k, v in record.get("probe", {}).items()]
+    figures = {**record.get("probe", {}), **{f"own {k}": v for k, v in record.get("guard", {}).items()}}
+    parts += [f"{k} {v:.1f}" for k, v in figures.items()]
     if record["bad_steps"]:
         parts.append(f"{record['bad_steps']} steps skipped")
     return "  ".join(parts)

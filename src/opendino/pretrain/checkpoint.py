@@ -42,6 +42,9 @@ class Checkpointer:
         keep: how many of the newest checkpoints stay.
         milestone_every: checkpoints at multiples of this step stay for ever; None keeps no milestones.
         background: write in a thread while training goes on; the state is copied to CPU memory first.
+
+    Attributes:
+        pinned: a step whose checkpoint stays, or None.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Checkpointer:
         self.keep, self.milestone_every, self.background = keep, milestone_every, background
         # Collectives of a background thread must not mix with those of the training.
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self.pinned: int | None = None
         self._writing: _Writing | None = None
 
     # --- writing ---------------------------------------------------------------------------------------------------
@@ -131,8 +135,22 @@ class Checkpointer:
         found = list_checkpoints(self.folder.parent)
         every = self.milestone_every
         for old in found[: -self.keep]:
-            if not (every and step_of(old) % every == 0):
+            if not (every and step_of(old) % every == 0) and step_of(old) != self.pinned:
                 shutil.rmtree(old)
+
+    def rewind(self, step: int, extras: State) -> None:
+        """Make the checkpoint of `step` the newest, with other extras: a run that went back to it is continued so."""
+        self.finish()
+        if is_main():
+            path = self.folder / f"step_{step:08d}" / EXTRAS
+            sizes = json.loads(path.read_text())["files"]
+            aside = path.with_name(f".{EXTRAS}")
+            aside.write_text(json.dumps(extras | {"step": step, "files": sizes}))
+            aside.rename(path)
+            for newer in list_checkpoints(self.folder.parent):
+                if step_of(newer) > step:
+                    shutil.rmtree(newer)
+        barrier()
 
     def _name_of_newest(self) -> str:
         found = list_checkpoints(self.folder.parent)

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opendino.errors import ConfigError
+from opendino.models.config import PosResize
 from opendino.pretrain.crops import CropsConfig
 
 MIN_LIKENESS = 0.6
@@ -39,6 +40,41 @@ class BackboneSettings(Settings):
     in_chans: int = Field(3, ge=1)
     init_values: float = Field(1e-5, gt=0, description="initial LayerScale gamma")
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    mlp_ratio: float | None = None
+    ffn: Literal["mlp", "swiglu"] | None = None
+    num_register_tokens: int | None = None
+    qkv_bias: bool | None = None
+    pos_resize: PosResize | None = None
+
+
+class InitSettings(Settings):
+    """Weights that student and teacher start from (docs/adaptation.md); without any they start at random."""
+
+    weights: str = Field("", description="what opendino.load takes: a name, a file, a folder, a run")
+    heads: Literal["auto", "new", "run"] = Field(
+        "auto",
+        description="take the heads of a run folder where they fit; new: never; run: refuse when they do not fit",
+    )
+    warm_heads_steps: int | None = Field(
+        None, ge=0, description="steps that train the heads only; None: a tenth of the run, 0 with heads of a run"
+    )
+    backbone_lr: float = Field(0.1, gt=0, description="of the learning rate, for the backbone")
+    layerwise_decay: float | None = Field(0.75, gt=0, le=1, description="instead of optim.layerwise_decay; None: that")
+    stem: Literal["mean", "colours", "keep"] = Field(
+        "mean", description="patch embedding for another number of channels than the weights have"
+    )
+
+
+class GuardSettings(Settings):
+    """When a run is worse than it began, and what follows (docs/adaptation.md)."""
+
+    enabled: bool | None = Field(None, description="None: when the run starts from weights")
+    every: int | None = Field(None, ge=1, description="steps; None: probe_every, or a twentieth of a shorter run")
+    knn_drop: float = Field(2.0, ge=0, description="points of k-NN below the start that are too many")
+    rank_drop: float = Field(0.4, ge=0, le=1, description="share of the start's feature rank lost that is too much")
+    patience: int = Field(3, ge=1, description="checks in a row that must say so before the run goes back")
+    lr_factor: float = Field(0.3, gt=0, le=1, description="of the learning rate, after going back")
+    images: int = Field(256, ge=2, description="of the data, whose features' rank is followed")
 
 
 class HeadSettings(Settings):
@@ -149,6 +185,8 @@ class PretrainConfig(Settings):
     loss: LossSettings = LossSettings()
     masks: MaskSettings = MaskSettings()
     optim: OptimSettings = OptimSettings()
+    init: InitSettings = InitSettings()
+    guard: GuardSettings = GuardSettings()
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
@@ -161,7 +199,7 @@ MAY_CHANGE = frozenset(
     [
         "data", "data_may_change", "out", "probe", "device", "sharding", "compile", "activation_checkpointing",
         "num_workers", "cache_images", "log_every", "loggers", "checkpoint_every", "keep_checkpoints",
-        "milestone_every", "async_checkpoints", "probe_every", "max_bad_steps", "max_rollbacks", "max_errors",
+        "milestone_every", "async_checkpoints", "probe_every", "max_bad_steps", "max_rollbacks", "max_errors", "guard",
     ]
 )  # fmt: skip
 """Settings that a run may be continued with other values of; the others define what is computed."""
@@ -248,4 +286,6 @@ def with_steps(config: PretrainConfig, steps: int) -> PretrainConfig:
     )
     warmup = round(config.loss.warmup_teacher_temp_steps * factor)
     loss = config.loss.model_copy(update={"warmup_teacher_temp_steps": warmup})
-    return config.model_copy(update={"steps": steps, "optim": optim, "loss": loss})
+    warm = config.init.warm_heads_steps
+    init = config.init.model_copy(update={"warm_heads_steps": None if warm is None else round(warm * factor)})
+    return config.model_copy(update={"steps": steps, "optim": optim, "loss": loss, "init": init})

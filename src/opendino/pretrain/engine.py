@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from opendino.distributed.collectives import all_sum, rank, world_size
 from opendino.distributed.process import join, local_device
 from opendino.distributed.sharding import reduce_gradients, whole
 from opendino.models.vit import VisionTransformer
+from opendino.pretrain.checkpoint import list_checkpoints
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch
 from opendino.pretrain.depth import DepthDraws
 from opendino.pretrain.device import LossScale, choose_precision
+from opendino.pretrain.initialise import Start, initialise, layerwise_decay
 from opendino.pretrain.masking import batch_masks
 from opendino.pretrain.memory import keep_freed_memory
 from opendino.pretrain.optimizer import (
@@ -52,6 +55,7 @@ class Engine:
         model: student, teacher and centres.
         optimizer: AdamW over the student.
         loss_scale: of fp16.
+        start: what the run began with.
         clock: times the parts of a step when it is on.
         telemetry: gives the health figures.
     """
@@ -67,11 +71,14 @@ class Engine:
         self.first_image = rank() * self.num_images
         torch.manual_seed(stream_seed(config.seed, INIT_STREAM, 0))
         self.model = StudentTeacher(config)
+        self.start = Start("")  # a run that has a checkpoint takes it from there
+        if config.init.weights and not (config.out and list_checkpoints(Path(config.out))):
+            self.start = initialise(self.model, config)
         self.compute_loss = spread(self.model, config, self.device, self.amp_dtype)
         self.networks = dict(self.model.student.items())
         optim = config.optim
         groups = parameter_groups(
-            self.networks, layerwise_decay=optim.layerwise_decay, patch_embed_lr_mult=optim.patch_embed_lr_mult
+            self.networks, layerwise_decay=layerwise_decay(config), patch_embed_lr_mult=optim.patch_embed_lr_mult
         )
         self.optimizer = build_adamw(groups, betas=optim.betas)
         self.loss_scale = LossScale(self.amp_dtype is torch.float16)
@@ -98,13 +105,17 @@ class Engine:
             Loss parts as means over the processes, gradient norms, at log steps health figures, and of all processes
             "finite", "image_errors" and "signal".
         """
-        apply_schedule(self.optimizer, values["lr"], values["weight_decay"], values["last_layer_lr"])
+        rates = values["lr"], values["weight_decay"], values["last_layer_lr"], values.get("backbone_lr")
+        apply_schedule(self.optimizer, *rates)
+        frozen = self._hold_backbone(step)
         centers = {k: v.clone() for k, v in self.model.centers.state_dict().items()}
         with self.clock.span("augment"):
             micro_batches = self._crops(batch, step).split(self.config.accumulate)
         with self.clock.span("teacher forward"), self._autocast():
             targets = self.model.targets(micro_batches, values["teacher_temp"])
         record = self._agree(self._backward(micro_batches, targets, step), len(batch.errors), signal)
+        if frozen:
+            self.networks["backbone"].zero_grad(set_to_none=True)
         with self.clock.span("clip"):
             self.loss_scale.unscale(self.model.student.parameters())
             clipped = clip_each(self.networks, self.config.optim.clip_grad or math.inf)
@@ -117,6 +128,16 @@ class Engine:
         with self.clock.span("log"):
             record |= self.telemetry.figures(step, self.teacher, micro_batches, targets, self._autocast())
         return record
+
+    def _hold_backbone(self, step: int) -> bool:
+        """Say whether the backbone stands still at a step; alone, this process then does not differentiate it either.
+
+        DDP and FSDP expect every gradient, so with several processes they are computed and dropped.
+        """
+        frozen = step < self.start.warm_steps
+        if world_size() == 1:
+            self.networks["backbone"].requires_grad_(not frozen)
+        return frozen
 
     def _crops(self, batch: Batch, step: int) -> Crops:
         crops, m = self.config.crops, self.config.masks

@@ -18,7 +18,8 @@ Series = list[tuple[int, float]]
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Read RUN/metrics.jsonl; a missing file is an empty run, a line cut off by a kill is left out.
 
-    The reason of a rollback in RUN/events.jsonl is put into the first record after it as "rollback_reason".
+    The reason of a rollback in RUN/events.jsonl is put into the first record after it as "rollback_reason", that of the
+    guard which ended the run into the last one as "stop_reason".
     """
     records = [r for r in _lines(run / "metrics.jsonl") if isinstance(r.get("step"), int)]
     for event in _lines(run / "events.jsonl"):
@@ -26,6 +27,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             after = next((r for r in records if r["step"] > event.get("step", -1)), None)
             if after is not None:
                 after["rollback_reason"] = str(event.get("reason", ""))
+        elif event.get("event") == "stopped" and records and records[-1]["step"] == event.get("step"):
+            records[-1]["stop_reason"] = str(event.get("reason", ""))
     return records
 
 

@@ -29,7 +29,7 @@ def parameter_groups(
         layerwise_decay: 1.0 turns the decay by layer off.
         patch_embed_lr_mult: for the patch convolution.
     """
-    groups: dict[tuple[float, float, bool], Group] = {}
+    groups: dict[tuple[float, float, bool, bool], Group] = {}
     for network, module in networks.items():
         depth = len(module.blocks) if network == "backbone" else 0  # type: ignore[arg-type]
         for name, parameter in module.named_parameters():
@@ -39,9 +39,10 @@ def parameter_groups(
                 lr *= patch_embed_lr_mult if name.startswith("patch_embed.") else 1.0
             decay = 0.0 if parameter.ndim < 2 or name.endswith(".bias") else 1.0
             last_layer = "last_layer" in name
-            key = (lr, decay, last_layer)
+            key = (lr, decay, last_layer, network == "backbone")
             new: Group = {"params": [], "names": [], "lr_multiplier": lr, "wd_multiplier": decay}
-            group = groups.setdefault(key, new | {"is_last_layer": last_layer})
+            kind = {"is_last_layer": last_layer, "is_backbone": network == "backbone"}
+            group = groups.setdefault(key, new | kind)
             group["params"].append(parameter)
             group["names"].append(f"{network}.{name}")
     return list(groups.values())
@@ -61,10 +62,18 @@ def build_adamw(groups: list[Group], betas: tuple[float, float] = (0.9, 0.999)) 
     return torch.optim.AdamW(keep, lr=0.0, betas=betas, weight_decay=0.0, fused=fused)
 
 
-def apply_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, last_layer_lr: float) -> None:
-    """Set the learning rate and weight decay of every group by its multipliers."""
+def apply_schedule(
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    weight_decay: float,
+    last_layer_lr: float,
+    backbone_lr: float | None = None,
+) -> None:
+    """Set the learning rate and weight decay of every group by its multipliers; the backbone may have its own rate."""
+    of_backbone = lr if backbone_lr is None else backbone_lr
     for group in optimizer.param_groups:
-        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
+        base = last_layer_lr if group["is_last_layer"] else of_backbone if group["is_backbone"] else lr
+        group["lr"] = base * group["lr_multiplier"]
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 

@@ -37,6 +37,7 @@ from opendino.pretrain.findings import (
     winners,
 )
 from opendino.pretrain.history import Record, Series, count_since, middle, series, since, smooth
+from opendino.pretrain.rules_guard import below_start
 
 
 def collapsed(records: Sequence[Record], config: PretrainConfig) -> Finding | None:
@@ -200,7 +201,7 @@ def outlier_norms(records: Sequence[Record], config: PretrainConfig) -> Finding 
 def knn_fell(records: Sequence[Record], config: PretrainConfig) -> Finding | None:
     """The probe gets worse while training goes on."""
     knn = knn_series(records)
-    if len(knn) < 2:
+    if len(knn) < 2 or below_start(records, config):
         return None
     (start, before), (last, now) = knn[0], knn[-1]
     best_step, best = max(knn, key=lambda k: k[1])

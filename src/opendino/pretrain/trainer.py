@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from opendino.distributed.collectives import barrier, is_main, rank, world_size
+from opendino.distributed.collectives import barrier, broadcast_object, is_main, rank, world_size
 from opendino.distributed.sharding import whole
 from opendino.errors import ConfigError, DataError
 from opendino.images.fingerprint import explain_change, fingerprint
@@ -28,6 +28,8 @@ from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch, make_loader
 from opendino.pretrain.engine import Engine
 from opendino.pretrain.flops import speed_figures
+from opendino.pretrain.guard import Answer, FeaturesError, Guard
+from opendino.pretrain.initialise import Start, backbone_rate
 from opendino.pretrain.interrupts import StopRequest, TrainingStopped
 from opendino.pretrain.loggers import Logger, open_loggers
 from opendino.pretrain.run_folder import Record, RunFolder
@@ -61,6 +63,8 @@ class Trainer:
         self.config, self.probe, self.on_step = config, probe, on_step or (lambda record: None)
         self.source = open_source(config.data)
         self.engine = Engine(config)
+        self.teacher.preprocess = preprocessing_of(config)  # the probe sees what the result will be used with
+        self.guard = Guard(config, self.source)
         check_batch(config, len(self.source))
         self.step = self.bad_steps = self.bad_in_a_row = self.image_errors = self.rollbacks = 0
         self.lr_factor = 1.0
@@ -100,11 +104,13 @@ class Trainer:
 
         Raises:
             TrainingStopped: after SIGINT, SIGTERM or SIGUSR1, when the checkpoint is safe.
+            FeaturesError: when the guard ends the run; the best checkpoint and its weights are in place.
         """
         record: Record = {}
         with self._folder_held(), self._logging(), StopRequest() as stop, worker_deaths_explained():
+            self._take_up_stopped()
             if self.step == 0:
-                self._probe_start()
+                self._begin()
             batches = self.batches()
             while self.step < self.config.steps:
                 record = self.advance(batches, stop.number)
@@ -112,10 +118,13 @@ class Trainer:
                     batches = self.batches()
                     continue
                 signal = record.pop("signal")
-                self._finish_step(record)
+                if self._finish_step(record) == "back":
+                    self._go_back()
+                    batches = self.batches()
                 if signal:
                     self._stop(signal)
         self.checkpointer.finish(required=True)
+        self._compare_with_start()
         return record
 
     def advance(self, batches: Iterator[Batch], signal: int = 0) -> Record:
@@ -166,15 +175,17 @@ class Trainer:
             processes=world_size(),
         )
 
-    def _finish_step(self, record: Record) -> None:
+    def _finish_step(self, record: Record) -> Answer:
         last = self.step == self.config.steps
         self.checkpointer.poll()
-        if last or self.step % self.config.probe_every == 0:
-            self._probe(record)
-        self._write(record)
-        if last or (self.step % self.config.checkpoint_every == 0 and not self.bad_in_a_row):
-            self.save()
+        due = last or self.step % self.config.probe_every == 0 or self.guard.due(self.step)
+        answer = self._probe(record) if due else "fine"
+        if answer != "back":
+            self._write(record)
+            if last or answer == "best" or (self.step % self.config.checkpoint_every == 0 and not self.bad_in_a_row):
+                self.save()
         self.on_step(record)
+        return answer
 
     def _stop(self, number: int) -> None:
         self.save()
@@ -229,21 +240,82 @@ class Trainer:
 
     # --- probe and samples -----------------------------------------------------------------------------------------
 
-    def _probe_start(self) -> None:
+    def _begin(self) -> None:
+        """Measure what the run begins with, and keep it as its first checkpoint when it is guarded."""
+        if self.engine.start.text:
+            self._event("start", step=0, reason=self.engine.start.text)
         record: Record = {"step": 0}
-        self._probe(record)
-        if "probe" in record:
+        answer = self._probe(record)
+        if len(record) > 1:
             self._write(record)
+        if answer == "best":
+            self.save()
 
-    def _probe(self, record: Record) -> None:
-        if self.probe is None:
-            return
+    def _probe(self, record: Record) -> Answer:
+        guarded = self.guard.due(record["step"])
+        if self.probe is None and not guarded:
+            return "fine"
         teacher = whole_teacher(self.model)
         if is_main():
             training = teacher.training
-            record["probe"] = self.probe(teacher.eval())
+            teacher.eval()
+            if self.probe is not None:
+                record["probe"] = self.probe(teacher)
+            if guarded:
+                record["guard"] = self.guard.measure(teacher)
             teacher.train(training)
-        barrier()
+        record |= broadcast_object({k: record[k] for k in ("probe", "guard") if k in record})
+        return self.guard.check(record) if guarded else "fine"
+
+    # --- the guard ---------------------------------------------------------------------------------------------------
+
+    def _go_back(self) -> None:
+        """Go back to the best checkpoint with a lower learning rate; after `max_rollbacks` of that, stop there.
+
+        Raises:
+            FeaturesError: when it stops.
+        """
+        at, what, bad = self.step, self.guard.worse(), self.guard.bad
+        rollbacks, lr_factor = self.rollbacks, self.lr_factor * self.config.guard.lr_factor
+        self.checkpointer.finish()
+        if not self._load(before=self.guard.best_step + 1):
+            raise FeaturesError(f"{what} No checkpoint from before is left. Start again with a lower --optim.lr.")
+        self.lr_factor, self.rollbacks = lr_factor, rollbacks
+        if rollbacks >= self.config.max_rollbacks:
+            reason = self.guard.stop(what, rollbacks, self.step)
+        else:
+            self.rollbacks += 1
+            reason = f"{what} Went back to step {self.step}, the best, with the learning rate × {lr_factor:.3g}."
+        self.checkpointer.rewind(self.step, self._extras())
+        self._write_weights()
+        if self.folder:
+            self.folder.trim_metrics(self.step)
+        if self.step == 0:
+            self._begin()
+        self._event("stopped" if self.guard.stopped else "rollback", step=self.step, reason=reason, at=at, checks=bad)
+        if self.guard.stopped:
+            raise FeaturesError(reason)
+
+    def _take_up_stopped(self) -> None:
+        """Refuse to go on with a run that its guard has ended, unless it may go back more often now."""
+        if not self.guard.stopped:
+            return
+        if self.rollbacks >= self.config.max_rollbacks and self.guard.active:
+            raise FeaturesError(self.guard.stopped)
+        self.rollbacks, self.guard.stopped = self.rollbacks + 1, ""
+
+    def _compare_with_start(self) -> None:
+        if self.guard.below_start():
+            self._event("below_start", step=self.step, reason=self.guard.compared())
+
+    def _event(self, event: str, *, step: int, reason: str, at: int | None = None, **more: object) -> None:
+        """Log what happened and keep it in RUN/events.jsonl."""
+        if not self.folder:
+            return
+        log.warning(reason)
+        self.folder.append(
+            {"event": event, "from": step if at is None else at, "step": step, "reason": reason} | more, event=True
+        )
 
     # --- schedules and data ----------------------------------------------------------------------------------------
 
@@ -257,8 +329,10 @@ class Trainer:
             total_steps=c.steps,
             warmup_steps=o.warmup_steps,
         )
+        start = self.engine.start.warm_steps
         return {
             "lr": lr,
+            **({"backbone_lr": backbone_rate(c, step, lr, start)} if c.init.weights else {}),
             "last_layer_lr": 0.0 if step < o.freeze_last_layer_steps else lr,
             "weight_decay": cosine_schedule(step, start=o.weight_decay, end=o.weight_decay_end, total_steps=c.steps),
             "momentum": cosine_schedule(step, start=o.momentum, end=o.momentum_end, total_steps=c.steps),
@@ -288,13 +362,21 @@ class Trainer:
 
     def save(self) -> None:
         """Begin a checkpoint, and write weights/teacher.safetensors and heads.safetensors."""
-        extras = {
+        self.checkpointer.pinned = self.guard.best_step if self.guard.best else None
+        self.checkpointer.save(self.step, self.engine.tensors(), self._extras())
+        self._write_weights()
+
+    def _extras(self) -> Record:
+        return {
             "counters": [self.bad_steps, self.image_errors, self.rollbacks],
             "lr_factor": self.lr_factor,
             "loss_scale": self.engine.loss_scale.state(),
             "data": fingerprint(self.source),
+            "start": self.engine.start.state(),
+            "guard": self.guard.state(),
         }
-        self.checkpointer.save(self.step, self.engine.tensors(), extras)
+
+    def _write_weights(self) -> None:
         teacher = whole_teacher(self.model)
         heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if "head" in k.split(".")[0]}
         if self.folder:
@@ -310,6 +392,8 @@ class Trainer:
         self.bad_steps, self.image_errors, self.rollbacks = extras["counters"]
         self.lr_factor = extras["lr_factor"]
         self.engine.loss_scale.restore(extras["loss_scale"])
+        self.engine.start = Start(**extras.get("start", {"text": ""}))
+        self.guard.restore(extras.get("guard", {}))
         change = explain_change(extras["data"], fingerprint(self.source))
         if change and not self.config.data_may_change:
             raise ConfigError(f"{change} `opendino resume RUN --data-may-change` goes on all the same.")

@@ -10,6 +10,7 @@ from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.findings import MIN_RECORDS, RECENT, Finding, knn_series, rank_ceiling, winners
 from opendino.pretrain.history import Record, middle, series
 from opendino.pretrain.rules_features import alike, certain, collapsed, knn_fell, outlier_norms, plateau, rank_fell
+from opendino.pretrain.rules_guard import below_start, stopped
 from opendino.pretrain.rules_steps import (
     gradients,
     loader_limits,
@@ -23,8 +24,8 @@ from opendino.pretrain.rules_steps import (
 __all__ = ["RULES", "Finding", "figures_line", "verdict"]
 
 RULES = (
-    not_finite, rolled_back, collapsed, rank_fell, alike, lr_too_high, gradients, plateau, certain, knn_fell, loss_rose,
-    outlier_norms, loader_limits, unreadable,
+    not_finite, rolled_back, below_start, collapsed, rank_fell, alike, lr_too_high, gradients, plateau, certain,
+    knn_fell, loss_rose, outlier_norms, loader_limits, unreadable,
 )  # fmt: skip
 
 
@@ -35,6 +36,8 @@ def verdict(records: Sequence[Record], config: PretrainConfig) -> list[Finding]:
         records: lines of metrics.jsonl in order, whole or the recent part; any figure may be missing.
         config: of the run.
     """
+    if ended := stopped(records, config):
+        return [ended]
     steps = [r for r in records if r["step"] > 0]
     if len(steps) < MIN_RECORDS:
         return [Finding("ok", 0, f"Too early to say: {len(steps)} steps are recorded.")]

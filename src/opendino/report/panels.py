@@ -40,6 +40,12 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "Feature rank", "RankMe", ("feature_rank",), "Directions the features use. A lasting fall is a collapse."
         ),
         Panel(
+            "Feature rank of the same images",
+            "RankMe",
+            ("guard/feature_rank",),
+            "Of a fixed set of your own images, from the start on.",
+        ),
+        Panel(
             "Nearest neighbours",
             "distance, share",
             ("koleo_distance", "near_duplicates"),
@@ -94,7 +100,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Learning rate",
             "",
-            ("lr", "last_layer_lr"),
+            ("lr", "last_layer_lr", "backbone_lr"),
             "Of the heads; the backbone's layers have their multiples of it.",
         ),
         Panel("Weight decay", "", ("weight_decay",), "Of matrices only."),
@@ -147,7 +153,7 @@ def line_of(records: Sequence[Record], key: str) -> tuple[list[float], list[floa
 
 def short(key: str) -> str:
     """Name a figure for a legend."""
-    for prefix in ("probe/", "grad_norm_", "update_norm_"):
+    for prefix in ("probe/", "guard/", "grad_norm_", "update_norm_"):
         key = key.removeprefix(prefix)
     return key.replace("_", " ")
 
