@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from opendino.cli.launching import start_processes
 from opendino.errors import ConfigError, DataError, MissingExtraError
-from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
+from opendino.pretrain.config import PretrainConfig, StageSettings, load_recipe, with_steps
 
 log = logging.getLogger("opendino")
 EXAMPLE = """Train a backbone on your images without labels.
@@ -34,6 +34,7 @@ which opendino.load("runs/first") reads. Ctrl-C, SIGTERM and SIGUSR1 save and le
 class PretrainArguments(PretrainConfig):
     """Settings of the run, and how it is computed."""
 
+    stages: Annotated[tuple[StageSettings, ...], tyro.conf.Suppress] = ()  # too nested for flags
     nproc: int = Field(1, description="local processes to compute with; each gets its share of the cores or a GPU")
     profile: int = Field(0, description="time so many steps, say where the time goes, and leave no run behind")
 
@@ -131,7 +132,8 @@ def explain(run: Path, quiet: bool = False) -> None:
 
 def describe(record: dict[str, Any]) -> str:
     """Put the figures of a step on one line."""
-    parts = [f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "koleo") if k in record]
+    parts = [f"stage {record['stage']}"] if "stage" in record else []
+    parts += [f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "koleo") if k in record]
     parts += [f"{record['images_per_s']:.3g} images/s", f"waiting for data {100 * record['data_wait']:.0f} %"]
     parts += [f"{k} {v:.1f}" for k, v in record.get("probe", {}).items()]
     if record["bad_steps"]:
