@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 
 import opendino
+from opendino.cli import main, profiling
+from opendino.cli.pretrain import describe, read_arguments
 from opendino.errors import ConfigError, DataError
 from opendino.pretrain.config import load_recipe, parse_config, with_steps
-from opendino.pretrain.stages import stage_after, stage_before, timeline
+from opendino.pretrain.plan import DEVICES, plan_run
+from opendino.pretrain.rules_steps import loss_rose
+from opendino.pretrain.stages import stage_after, stage_before, stage_rows, timeline
 from opendino.pretrain.switch import move_state, resize_moment
 from opendino.pretrain.trainer import Trainer
 
@@ -142,6 +146,7 @@ def test_the_settings_survive_being_written():
         ("{accumulate: 2, stages: [{name: a, steps: 6, batch_size: 3}]}", "stage 'a': .*multiple of accumulate 2"),
         ("stages: [{name: a, steps: 0}]", "stages.0.steps: .*greater than or equal to 1"),
         ("stages: [{name: a, steps: 1, model: {depth: 3}}]", "unknown setting 'stages.0.model'"),
+        ("stages: [{name: a/b, steps: 1}]", "stages.0.name: .*match pattern.*got 'a/b'"),
         ("stages: [{steps: 1}]", "stages.0.name: Field required"),
         ("stages: {name: a, steps: 3}", "stages: .*valid (tuple|list)"),
         ("stages: [3]", "stages.0: "),
@@ -243,6 +248,9 @@ def test_the_switch_keeps_the_features_of_the_new_size_and_saves_its_preprocessi
     assert (seen["saved"], model.preprocess.crop, model.preprocess.resize) == (28, 42, 48)
     assert model.pos_embed.shape == (1, 37, 12)
     assert torch.equal(model.pos_embed, run.teacher.pos_embed)
+    kept = opendino.load(tmp_path / "run" / "weights" / "teacher_low.safetensors")
+    assert (kept.preprocess.crop, kept.pos_embed.shape) == (28, (1, 17, 12))
+    assert torch.equal(kept.eval()(x), seen["before"])
 
 
 def test_everything_but_tables_is_carried_over_unchanged(images, tmp_path):
@@ -328,8 +336,7 @@ def ends(run):
     return same, [{k: r[k] for k in kept if k in r} for r in records(run) if r["step"]]
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4, 5, 6])
-@pytest.mark.parametrize("keep", ["true", "false"])
+@pytest.mark.parametrize(("stop", "keep"), [(3, "true"), (4, "true"), (5, "true"), (4, "false")])
 def test_a_resume_is_exact_at_any_step_and_at_the_switch(stop, keep, images, tmp_path):
     extra = TWO.replace("compress_schedules", f"resume_optimizer: {keep}, batch_size: 2, compress_schedules")
     whole = staged(images, tmp_path / "whole", extra)
@@ -408,3 +415,88 @@ def test_stages_may_have_images_of_their_own(images, tmp_path):
     run.train()
     assert [n for _, n in sizes] == [8, 8, 8, 8, 5, 5, 5]
     assert staged(images, tmp_path / "run", extra + "checkpoint_every: 1").step == 7  # its fingerprint is of those
+
+
+def test_what_defines_nothing_may_change_in_a_stage_and_the_rest_may_not(images, tmp_path):
+    staged(images, tmp_path / "run", TWO.replace("steps: 4}", "steps: 4, activation_checkpointing: true}"))
+    staged(images, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"other settings \(stages\)"):
+        staged(images, tmp_path / "run", TWO.replace("num_local: 3", "num_local: 4"))
+
+
+# --- what is said about stages ----------------------------------------------------------------------------------------
+
+
+def test_the_plan_adds_up_the_stages():
+    config = parse_config(STAGED, "test")
+    whole = plan_run(config, device=DEVICES["a100"], devices=2)
+    parts = [
+        plan_run(s.config.model_copy(update={"steps": s.end - s.first}), device=DEVICES["a100"], devices=2)
+        for s in timeline(config)
+    ]
+    assert [p.steps for p in parts] == [60, 40, 50]
+    assert (whole.steps, whole.images) == (150, 60 * 64 + 40 * 256 + 50 * 64)
+    for name in ("seconds", "device_hours", "kwh", "co2_kg"):
+        assert getattr(whole, name) == pytest.approx(sum(getattr(p, name) for p in parts))
+    flops = sum(p.images * p.flops_per_image["total"] for p in parts)
+    assert whole.images * whole.flops_per_image["total"] == pytest.approx(flops)
+    assert whole.memory == parts[1].memory  # the largest batch
+    assert whole.parameters == parts[2].parameters  # the largest table
+    assert parts[2].parameters["backbone"] - parts[0].parameters["backbone"] == (16 - 4) * 384
+    assert list(whole.stages) == ["a", "b", "c"]
+    assert whole.stages["c"]["global_size"] == 56
+    assert whole.stages["b"]["device_hours"] == parts[1].device_hours
+
+
+def test_the_command_prints_the_stages_of_a_plan(capsys):
+    assert main(["plan", "--recipe", "vits14_staged", "--gpus", "8", "--device", "a100"]) == 0
+    printed = capsys.readouterr().out
+    assert "135,000 steps" in printed
+    assert "highres" in printed
+    assert "518" in printed
+
+
+def test_a_loss_that_rises_at_a_switch_is_no_finding():
+    config = parse_config("{steps: 800, heads: {num_prototypes: 64}}", "test")
+
+    def record(step, level, stage):
+        return {"step": step, "dino": level, "ibot": level, "teacher_temp": 0.04} | stage
+
+    def judge(stages):
+        return loss_rose([record(s, 1.0 if s < 400 else 3.0, stages[s >= 400]) for s in range(1, 801)], config)
+
+    assert judge([{"stage": "low"}, {"stage": "high"}]) is None
+    assert "has risen" in judge([{"stage": "low"}, {"stage": "low"}]).text
+    assert "has risen" in judge([{}, {}]).text
+
+
+def test_the_page_and_the_progress_line_name_the_stages(images, tmp_path, capsys):
+    run = staged(images, tmp_path / "run")
+    record = run.train()
+    assert describe(record).startswith("stage high  loss")
+    assert main(["report", str(run.run)]) == 0
+    page = (run.run / "report.html").read_text()
+    assert "Step 7 of 7, stage high" in page
+    for words in ("2 × 42 px, 3 × 14 px", "<td>5–7</td>", "3 steps from step 5, warm-up 2", "goes on"):
+        assert words in page
+    assert stage_rows(load_recipe("vits14")) == []
+
+
+def test_the_command_line_takes_a_staged_recipe_and_another_length():
+    flags = ["--recipe", "vits14_staged", "--data", "x", "--out", "y", "--steps", "1350", "--crops.num-local", "4"]
+    config, _ = read_arguments(flags)
+    assert [s.steps for s in config.stages] == [1250, 100]
+    assert (config.steps, config.optim.warmup_steps) == (1350, 125)
+    first, second = timeline(config)
+    assert (first.config.optim.warmup_steps, second.config.optim.warmup_steps) == (125, 10)
+    assert (second.config.crops.global_size, second.config.crops.num_local) == (518, 4)
+    assert type(config).__name__ == "PretrainConfig"
+
+
+def test_profiling_takes_the_first_stage(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, "LOADER_BATCHES", 4)
+    monkeypatch.setattr(profiling, "show_profile", lambda profile: profiles.append(profile))
+    profiles = []
+    config = staged(images, tmp_path / "run").config
+    assert profiling.profile_steps(config.model_copy(update={"out": ""}), 1) == 0
+    assert profiles[0].batch_size == 4

@@ -24,6 +24,7 @@ EXAMPLE = """Train a backbone on your images without labels.
 Example:
   opendino pretrain --recipe vitt14_demo --data photos/ --out runs/first --steps 500 --optim.lr 1e-3
   opendino pretrain --recipe vitl14_short --data photos/ --out runs/large --nproc 8
+  opendino pretrain --recipe vits14_staged --data photos/ --out runs/staged --nproc 8      # then 10 000 steps at 518 px
   opendino pretrain --recipe vits14 --data photos/ --batch-size 16 --profile 5
 
 Any setting of the recipe can be given as a flag. --steps compresses the recipe's warm-ups in proportion.

@@ -114,7 +114,7 @@ class StageSettings(Settings):
     `opendino.pretrain.stages` resolves it; docs/high-resolution.md says what a switch does.
     """
 
-    name: str = Field(min_length=1)
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="letters, digits, dots, dashes; names files too")
     steps: int = Field(ge=1, description="of this stage")
     compress_schedules: bool = Field(
         False, description="run all schedules anew, compressed into this stage; else they go on as if nothing changed"

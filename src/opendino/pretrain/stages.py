@@ -100,3 +100,23 @@ def open_sources(stages: Sequence[Stage]) -> dict[str, ImageSource]:
             with naming(stage):
                 found[stage.config.data] = open_source(stage.config.data)
     return found
+
+
+def stage_rows(config: PretrainConfig) -> list[dict[str, str]]:
+    """Say what the stages of a run are in, a row each, for people; nothing for a run without stages."""
+    rows = []
+    for stage in timeline(config) if config.stages else ():
+        c, o = stage.config, stage.config.optim
+        rows.append(
+            {
+                "stage": stage.name,
+                "steps": f"{stage.first + 1}–{stage.end}",
+                "images a step": str(c.batch_size),
+                "crops": f"2 × {c.crops.global_size} px, {c.crops.num_local} × {c.crops.local_size} px",
+                "learning rate": f"{o.lr:g}",
+                "schedules": f"{c.steps} steps from step {stage.schedule_first + 1}, warm-up {o.warmup_steps}",
+                "optimiser": "" if not stage.number else "goes on" if stage.resume_optimizer else "begins anew",
+                "data": c.data,
+            }
+        )
+    return rows

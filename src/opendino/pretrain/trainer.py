@@ -306,6 +306,8 @@ class Trainer:
 
     def _switch(self) -> None:
         """Go on to the next stage with everything that was learned; both engines are in memory for a moment."""
+        if self.folder:
+            self.folder.keep_weights(self.stage.name)
         old = self.engine
         self._enter(self.stages[self.stage.number + 1])
         move_state(
