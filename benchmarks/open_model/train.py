@@ -4,8 +4,8 @@
     python benchmarks/open_model/build.py --out SETS
     nice python benchmarks/open_model/train.py --sets SETS --out RUNS --stage 1
 
-Each stage is a run folder RUNS/stage1, RUNS/stage2 … that is trained by the recipe vitt14_open_1, … Each set has its share
-of the images of an epoch, whatever its size: images of a small set are named several times in the list.
+Each stage is a run folder RUNS/stage1, RUNS/stage2 … that is trained by the recipe vitt14_open_1, … Each set has its
+share of the images of an epoch, whatever its size: images of a small set are named several times in the list.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from real_sets.train import Session
-
 from opendino.cli.pretrain import run
 from opendino.errors import OpendinoError
 from opendino.images.sources import open_source
 from opendino.pretrain.config import load_recipe
 from opendino.pretrain.interrupts import TrainingStopped
+from real_sets.train import Session
 
 SHARES = {"fashion-mnist": 1.0, "emoji": 1.0, "openclipart": 0.6, "rooms": 0.4, "photos": 0.6}
 """Images of a set in an epoch, as a part of Fashion-MNIST's 60 000; sets that are not there yet are left out."""

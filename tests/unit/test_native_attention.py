@@ -82,7 +82,7 @@ def test_packed_attention_and_its_gradients_equal_float64(shapes, threads):
     qkv = torch.randn(sum(rows), 3 * 2 * 64).bfloat16().requires_grad_()
     gradient = torch.randn(sum(rows), 2 * 64).bfloat16()
     try:
-        got = attention.PackedAttention.apply(LIBRARY, qkv, shapes, 2)
+        got = attention.packed_attention(qkv, [side for shape in shapes for side in shape], 2)[0]
         got.backward(gradient)
     finally:
         torch.set_num_threads(before)
@@ -99,7 +99,7 @@ def test_packed_attention_and_its_gradients_equal_float64(shapes, threads):
 @needs_attention
 def test_gradients_of_large_scores_are_finite():
     qkv = (torch.randn(8, 3 * 64) * 60).bfloat16().requires_grad_()
-    attention.PackedAttention.apply(LIBRARY, qkv, [(1, 8)], 1).float().square().sum().backward()
+    attention.packed_attention(qkv, [1, 8], 1)[0].float().square().sum().backward()
     assert qkv.grad.isfinite().all()
 
 
@@ -109,8 +109,8 @@ def test_the_layer_uses_the_kernel_for_packed_bf16_tokens_and_agrees_with_the_ot
     torch.manual_seed(0)
     layer = Attention(ViTConfig(img_size=28, embed_dim=128, num_heads=2, depth=1))
     x, shapes, used = torch.randn(18, 128), [(1, 8), (2, 5)], []
-    kernel = attention.PackedAttention.forward
-    monkeypatch.setattr(attention.PackedAttention, "forward", lambda *args: used.append(1) or kernel(*args))
+    kernel = attention.packed_attention
+    monkeypatch.setattr("opendino.models.layers.packed_attention", lambda *args: used.append(1) or kernel(*args))
 
     def outcome():
         layer.zero_grad()
@@ -130,8 +130,26 @@ def test_the_layer_uses_the_kernel_for_packed_bf16_tokens_and_agrees_with_the_ot
 
 @needs_attention
 def test_heads_of_another_width_and_fp32_go_the_other_way(monkeypatch):
-    monkeypatch.setattr(attention.PackedAttention, "forward", None)
+    monkeypatch.setattr("opendino.models.layers.packed_attention", None)
     for heads, dtype in ((4, torch.bfloat16), (2, None)):
         layer = Attention(ViTConfig(img_size=28, embed_dim=128, num_heads=heads, depth=1))
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             assert layer(torch.randn(10, 128), [(2, 5)]).isfinite().all()
+
+
+@needs_attention
+def test_torch_counts_the_products_and_traces_without_data():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    qkv = torch.randn(22, 3 * 2 * 64).bfloat16().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        attention.packed_attention(qkv, [2, 8, 1, 6], 2)[0].float().sum().backward()
+    one_product = 2 * (2 * 8 * 8 + 6 * 6) * 2 * 64
+    assert counter.get_total_flops() == 6 * one_product
+    with FakeTensorMode():
+        traced = torch.empty(22, 3 * 2 * 64, dtype=torch.bfloat16, requires_grad=True)
+        out, _ = attention.packed_attention(traced, [2, 8, 1, 6], 2)
+        out.float().sum().backward()
+    assert out.shape == (22, 128)
+    assert traced.grad.shape == traced.shape

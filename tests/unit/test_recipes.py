@@ -5,6 +5,7 @@ import pytest
 
 from opendino.errors import ConfigError
 from opendino.pretrain.config import list_recipes, load_recipe, parse_config, with_steps
+from opendino.pretrain.stages import timeline
 
 EPOCH = 1250
 
@@ -13,13 +14,18 @@ def test_all_recipes_are_there():
     assert list_recipes() == [
         "vitb14",
         "vitg14",
+        "vitl14_highres",
         "vitl14_long",
         "vitl14_short",
+        "vitl14_staged",
         "vits14",
         "vits14_continue",
+        "vits14_highres",
+        "vits14_staged",
         "vitt14_continue",
         "vitt14_demo",
         "vitt14_mixture",
+        "vitt14_open_1",
         "vitt7_fashion",
     ]
 
@@ -74,6 +80,21 @@ def test_another_length_compresses_the_warm_ups():
     assert half.optim.warmup_steps == base.optim.warmup_steps // 2
     assert half.loss.warmup_teacher_temp_steps == base.loss.warmup_teacher_temp_steps // 2
     assert half.optim.freeze_last_layer_steps == base.optim.freeze_last_layer_steps // 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "main", "lr", "warm_ups"),
+    [("vits14", "vits14", 1e-3, (1000, 3000, 100)), ("vitl14", "vitl14_long", 5e-5, (1600, 600, 20))],
+)
+def test_the_high_resolution_stage_is_the_main_run_compressed(arch, main, lr, warm_ups):
+    first, second = (s.config for s in timeline(load_recipe(f"{arch}_staged")))
+    names = {"recipe": f"{arch}_staged"}
+    assert first == load_recipe(main).model_copy(update=names)
+    alone = load_recipe(f"{arch}_highres")
+    assert second == alone.model_copy(update=names)
+    assert (alone.steps, alone.crops.global_size, alone.crops.local_size, alone.optim.lr) == (10_000, 518, 98, lr)
+    found = alone.optim.warmup_steps, alone.loss.warmup_teacher_temp_steps, alone.optim.freeze_last_layer_steps
+    assert found == warm_ups
 
 
 @pytest.mark.parametrize(

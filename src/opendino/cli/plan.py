@@ -135,6 +135,13 @@ def show(plan: Plan, device: Device, title: str) -> None:
         for name, value in rows.items():
             table.add_row(f"  {name}", value, style="bold" if name == "total" else "")
         console.print(table)
+    if plan.stages:
+        table = Table("stage", "steps", "batch", "px", "GFLOP an image", "GB", "device hours", box=None)
+        for name, s in plan.stages.items():
+            numbers = [f"{s['steps']:,}", f"{s['batch_size']:,}", f"{s['global_size']}"]
+            numbers += [f"{s['flops_per_image'] / 1e9:,.1f}", f"{s['memory'] / 1e9:,.2f}", f"{s['device_hours']:,.0f}"]
+            table.add_row(name, *numbers)
+        console.print(table)
     if plan.memory["total"] > device.memory:
         console.print(
             f"That is more than the {device.memory / 1e9:.0f} GB of {device.name}: more devices, a smaller "

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from opendino.cli.launching import start_processes
 from opendino.errors import ConfigError, DataError, MissingExtraError
-from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
+from opendino.pretrain.config import PretrainConfig, StageSettings, load_recipe, with_steps
 from opendino.pretrain.initialise import fitted, with_start
 
 log = logging.getLogger("opendino")
@@ -26,6 +26,7 @@ Example:
   opendino pretrain --recipe vitt14_demo --data photos/ --out runs/first --steps 500 --optim.lr 1e-3
   opendino pretrain --recipe vitl14_short --data photos/ --out runs/large --nproc 8
   opendino pretrain --recipe vits14_continue --data photos/ --out runs/own --init vits14 --probe labelled/
+  opendino pretrain --recipe vits14_staged --data photos/ --out runs/staged --nproc 8      # then 10 000 steps at 518 px
   opendino pretrain --recipe vits14 --data photos/ --batch-size 16 --profile 5
 
 --init starts from weights (a name, a file, a folder, a run; docs/adaptation.md): the architecture comes from them.
@@ -37,6 +38,7 @@ which opendino.load("runs/first") reads. Ctrl-C, SIGTERM and SIGUSR1 save and le
 class PretrainArguments(PretrainConfig):
     """Settings of the run, and how it is computed."""
 
+    stages: Annotated[tuple[StageSettings, ...], tyro.conf.Suppress] = ()  # too nested for flags
     nproc: int = Field(1, description="local processes to compute with; each gets its share of the cores or a GPU")
     profile: int = Field(0, description="time so many steps, say where the time goes, and leave no run behind")
 
@@ -144,7 +146,8 @@ def explain(run: Path, quiet: bool = False) -> None:
 
 def describe(record: dict[str, Any]) -> str:
     """Put the figures of a step on one line."""
-    parts = [f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "koleo") if k in record]
+    parts = [f"stage {record['stage']}"] if "stage" in record else []
+    parts += [f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "koleo") if k in record]
     parts += [f"{record['images_per_s']:.3g} images/s", f"waiting for data {100 * record['data_wait']:.0f} %"]
     figures = {**record.get("probe", {}), **{f"own {k}": v for k, v in record.get("guard", {}).items()}}
     parts += [f"{k} {v:.1f}" for k, v in figures.items()]

@@ -10,6 +10,7 @@ from rich.console import Console
 from opendino.native.build import kernels
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.profile import make_profile, measure_loader, show_profile, top_operators
+from opendino.pretrain.stages import timeline
 from opendino.pretrain.trainer import Trainer
 
 WARM_UP = 2
@@ -25,7 +26,7 @@ def profile_steps(config: PretrainConfig, steps: int) -> int:
     length = WARM_UP + steps + 1 + LOADER_BATCHES
     with tempfile.TemporaryDirectory() as folder:
         update = {"out": folder, "probe": None, "checkpoint_every": never, "loggers": (), "steps": length}
-        trainer = Trainer(config.model_copy(update=update))
+        trainer = Trainer(timeline(config)[0].config.model_copy(update=update))
         console = Console(stderr=True)
         console.print(f"Warming up {WARM_UP} steps, then timing {steps} …")
         trainer.engine.clock.on = True

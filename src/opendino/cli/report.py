@@ -11,8 +11,9 @@ from typing import Annotated
 import tyro
 
 from opendino.errors import ConfigError
-from opendino.pretrain.config import parse_config
+from opendino.pretrain.config import PretrainConfig, parse_config
 from opendino.pretrain.history import read_metrics
+from opendino.pretrain.stages import stage_rows
 from opendino.pretrain.verdict import Finding, verdict
 
 EXAMPLE = """Judge a pre-training run in plain words and write RUN/report.html. Works while the run goes on.
@@ -47,10 +48,15 @@ def main(argv: list[str]) -> int:
 
 def judge_run(run: Path) -> list[Finding]:
     """Give the verdict on a run folder."""
+    return verdict(read_metrics(run), read_config(run))
+
+
+def read_config(run: Path) -> PretrainConfig:
+    """Read RUN/config.yaml."""
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run} has no config.yaml, so it is no run folder. Give the folder of --out.")
-    return verdict(read_metrics(run), parse_config(path.read_text(), str(path)))
+    return parse_config(path.read_text(), str(path))
 
 
 def report_run(run: Path) -> tuple[Path, list[Finding]]:
@@ -58,7 +64,8 @@ def report_run(run: Path) -> tuple[Path, list[Finding]]:
     from opendino.report.training import write_training_report
 
     findings = judge_run(run)
-    return write_training_report(run, [f.as_dict() for f in findings]), findings
+    stages = stage_rows(read_config(run))
+    return write_training_report(run, [f.as_dict() for f in findings], stages), findings
 
 
 def show(findings: list[Finding], stderr: bool = False) -> None:

@@ -10,7 +10,6 @@ into one sequence: then linear layers run once over all tokens and attention sta
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opendino.models.config import ViTConfig
-from opendino.native.attention import HEAD_DIM, PackedAttention, attention_supported
+from opendino.native.attention import HEAD_DIM, attention_supported, packed_attention
 from opendino.native.build import kernels
 
 Shapes = Sequence[tuple[int, int]]
@@ -174,8 +173,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, N, D) → (B, N, D), or packed (T, D) → (T, D); only the rows `keep` of a packed result when given."""
         qkv = self.qkv(x)
-        if shapes is not None and (library := self._kernels_for(qkv)):
-            mixed = PackedAttention.apply(library, qkv.contiguous(), shapes, self.num_heads)
+        if shapes is not None and self._has_kernel(qkv):
+            mixed, _ = packed_attention(qkv.contiguous(), [side for shape in shapes for side in shape], self.num_heads)
         elif shapes is None:
             mixed = self._mix(qkv)
         else:
@@ -185,12 +184,12 @@ class Attention(nn.Module):
             )
         return scaled_linear(mixed if keep is None else mixed[keep], self.proj, scale)
 
-    def _kernels_for(self, qkv: Tensor) -> ctypes.CDLL | None:
-        """Give the native kernels where they serve: packed bf16 tokens on a CPU that has bf16 products."""
+    def _has_kernel(self, qkv: Tensor) -> bool:
+        """Say whether the native kernel serves: bf16 tokens on a CPU that has bf16 products, heads of its width."""
         if qkv.dtype is not torch.bfloat16 or qkv.device.type != "cpu" or torch.compiler.is_compiling():
-            return None
+            return False
         library = kernels().library if qkv.shape[-1] == 3 * self.num_heads * HEAD_DIM else None
-        return library if library and attention_supported(library) else None
+        return library is not None and attention_supported(library)
 
     def _mix(self, qkv: Tensor) -> Tensor:
         if not qkv.numel():  # no image of this group was kept by stochastic depth

@@ -4,15 +4,15 @@
 Shapes: B images, N tokens, H heads of 64, D = 64·H, T = ΣB·N tokens of a packed batch.
 """
 
-from __future__ import annotations
-
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from opendino.native.build import kernels
 from opendino.native.threads import run_together
 
 HEAD_DIM = 64
@@ -45,47 +45,94 @@ def attend(library: ctypes.CDLL, qkv: Tensor, num_heads: int, threads: int) -> T
     return out
 
 
-class PackedAttention(torch.autograd.Function):
-    """Attention inside each image of a packed batch, which can be differentiated once.
+# The operators below are known to torch, so that it can differentiate them, trace them without data and count them.
+
+
+@torch.library.custom_op("opendino::packed_attention", mutates_args=(), device_types="cpu")
+def packed_attention(qkv: Tensor, shapes: Sequence[int], num_heads: int) -> tuple[Tensor, Tensor]:
+    """Give attention inside each image of a packed batch; it can be differentiated once.
 
     The logarithm of each query's sum is kept for the backward pass, and neither scores nor probabilities.
+
+    Args:
+        qkv: contiguous bf16 (T, 3·D).
+        shapes: B and N of each group of images, one after the other; T = ΣB·N.
+        num_heads: H.
+
+    Returns:
+        bf16 (T, D), and the logarithms, fp32 (T·H,).
     """
+    out, logs = qkv.new_empty(len(qkv), num_heads * HEAD_DIM), torch.empty(len(qkv) * num_heads)
+    for rows, batch, tokens in _groups(shapes):
+        log = logs[rows.start * num_heads : rows.stop * num_heads]
+        x = qkv[rows].view(batch, tokens, qkv.shape[1])
+        _forward(_library(), x, out[rows], log, num_heads, torch.get_num_threads())
+    return out, logs
 
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, library: ctypes.CDLL, qkv: Tensor, shapes: Sequence[tuple[int, int]], num_heads: int
-    ) -> Tensor:
-        """Give bf16 (T, D).
 
-        Args:
-            ctx: torch's.
-            library: of `opendino.native.build`, where `attention_supported`.
-            qkv: contiguous bf16 (T, 3·D).
-            shapes: (B, N) of each group of images; T = ΣB·N.
-            num_heads: H.
-        """
-        out = qkv.new_empty(len(qkv), num_heads * HEAD_DIM)
-        logs = torch.empty(len(qkv) * num_heads)
-        lengths = [b * n for b, n in shapes]
-        parts = zip(qkv.split(lengths), out.split(lengths), logs.split([n * num_heads for n in lengths]), strict=True)
-        for (x, y, log), (batch, tokens) in zip(parts, shapes, strict=True):
-            _forward(library, x.view(batch, tokens, x.shape[-1]), y, log, num_heads, torch.get_num_threads())
-        ctx.save_for_backward(qkv, out, logs)
-        ctx.library, ctx.shapes, ctx.num_heads = library, shapes, num_heads
-        return out
+@torch.library.custom_op("opendino::packed_attention_backward", mutates_args=(), device_types="cpu")
+def packed_attention_backward(
+    qkv: Tensor, out: Tensor, logs: Tensor, gradient: Tensor, shapes: Sequence[int], num_heads: int
+) -> Tensor:
+    """Give the gradient of qkv from what `packed_attention` took and gave and the gradient of its tokens."""
+    gradient, result = gradient.contiguous(), torch.empty_like(qkv)
+    for rows, batch, tokens in _groups(shapes):
+        log = logs[rows.start * num_heads : rows.stop * num_heads]
+        tensors = (qkv[rows], out[rows], log, gradient[rows], result[rows])
+        sizes = (batch, tokens, num_heads)
+        _run(_library().attention_bf16_backward, tensors, sizes, 3 * torch.get_num_threads())
+    return result
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
-        """Give the gradient of qkv."""
-        qkv, out, logs = ctx.saved_tensors
-        gradient, result, done = gradient.contiguous(), torch.empty_like(qkv), 0
-        for batch, tokens in ctx.shapes:
-            tensors = (qkv[done:], out[done:], logs[done * ctx.num_heads :], gradient[done:], result[done:])
-            sizes = (batch, tokens, ctx.num_heads)
-            _run(ctx.library.attention_bf16_backward, tensors, sizes, 3 * torch.get_num_threads())
-            done += batch * tokens
-        return None, result, None, None
+
+@packed_attention.register_fake
+def _(qkv: Tensor, shapes: Sequence[int], num_heads: int) -> tuple[Tensor, Tensor]:
+    out = qkv.new_empty(len(qkv), num_heads * HEAD_DIM)
+    return out, qkv.new_empty(len(qkv) * num_heads, dtype=torch.float32)
+
+
+@packed_attention_backward.register_fake
+def _(qkv: Tensor, out: Tensor, logs: Tensor, gradient: Tensor, shapes: Sequence[int], num_heads: int) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Sequence[int], int], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.shapes, ctx.num_heads = inputs
+    ctx.save_for_backward(qkv, *output)
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    return packed_attention_backward(*ctx.saved_tensors, gradient, ctx.shapes, ctx.num_heads), None, None
+
+
+packed_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.opendino.packed_attention)  # type: ignore[untyped-decorator]
+def _flops(qkv: Any, shapes: Sequence[int], num_heads: int, *args: Any, **kwargs: Any) -> int:
+    """Count the two products of the forward pass."""
+    return sum(4 * b * n * n * num_heads * HEAD_DIM for b, n in zip(shapes[::2], shapes[1::2], strict=True))
+
+
+@register_flop_formula(torch.ops.opendino.packed_attention_backward)  # type: ignore[untyped-decorator]
+def _backward_flops(
+    qkv: Any, out: Any, logs: Any, gradient: Any, shapes: Sequence[int], num_heads: int, *args: Any, **kwargs: Any
+) -> int:
+    """Count the four products that have to be; the kernel does seven, because it keeps nothing."""
+    return 2 * _flops(qkv, shapes, num_heads)
+
+
+def _library() -> ctypes.CDLL:
+    library = kernels().library
+    assert library is not None
+    return library
+
+
+def _groups(shapes: Sequence[int]) -> Iterator[tuple[slice, int, int]]:
+    """Give rows, B and N of each group of a packed batch."""
+    start = 0
+    for batch, tokens in zip(shapes[::2], shapes[1::2], strict=True):
+        yield slice(start, start + batch * tokens), batch, tokens
+        start += batch * tokens
 
 
 def _forward(library: ctypes.CDLL, qkv: Tensor, out: Tensor, logs: Tensor | None, num_heads: int, threads: int) -> None:

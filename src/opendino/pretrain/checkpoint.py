@@ -158,11 +158,14 @@ class Checkpointer:
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def load(self, tensors: Mapping[str, Tensor], before: int | None = None) -> State | None:
+    def load(
+        self, tensors: Mapping[str, Tensor] | Callable[[int], Mapping[str, Tensor]], before: int | None = None
+    ) -> State | None:
         """Restore the newest whole checkpoint in place and give its extras, or None when the run has none yet.
 
         Args:
-            tensors: what `save` was given, on any number of processes; the values are overwritten.
+            tensors: what `save` was given, on any number of processes; the values are overwritten. Or a function that
+                gives them for the step of a checkpoint, where their shapes depend on it.
             before: only checkpoints of earlier steps than this one.
 
         Raises:
@@ -173,7 +176,7 @@ class Checkpointer:
         for folder in reversed(found):
             problem = broadcast_object(damage(folder) if is_main() else None)
             if problem is None:
-                problem = self._read(folder, tensors)
+                problem = self._read(folder, tensors(step_of(folder)) if callable(tensors) else tensors)
             if problem is None:
                 extras: State = json.loads((folder / EXTRAS).read_text())
                 return extras

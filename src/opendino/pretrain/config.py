@@ -7,6 +7,7 @@ an epoch of the published recipes is 1 250 steps (method.md §2).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from importlib import resources
 from pathlib import Path
@@ -143,6 +144,33 @@ class OptimSettings(Settings):
         return self
 
 
+class StageSettings(Settings):
+    """A stretch of a run with settings of its own; what it leaves out is the recipe's, not the stage before's.
+
+    `opendino.pretrain.stages` resolves it; docs/high-resolution.md says what a switch does.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="letters, digits, dots, dashes; names files too")
+    steps: int = Field(ge=1, description="of this stage")
+    compress_schedules: bool = Field(
+        False, description="run all schedules anew, compressed into this stage; else they go on as if nothing changed"
+    )
+    resume_optimizer: bool = Field(True, description="keep AdamW's moments at the switch; else they begin at zero")
+    data: str | None = None
+    batch_size: int | None = None
+    accumulate: int | None = None
+    activation_checkpointing: bool | None = None
+    crops: dict[str, Any] = Field({}, description="any of the settings of this group, and likewise below")
+    masks: dict[str, Any] = {}
+    loss: dict[str, Any] = {}
+    optim: dict[str, Any] = {}
+
+    def overrides(self) -> dict[str, Any]:
+        """Give the settings that differ from the recipe's, groups nested."""
+        values = self.model_dump(exclude={"name", "steps", "compress_schedules", "resume_optimizer"})
+        return {key: value for key, value in values.items() if value is not None and value != {}}
+
+
 class PretrainConfig(Settings):
     """Everything that defines a pre-training run; written resolved to RUN/config.yaml."""
 
@@ -187,12 +215,54 @@ class PretrainConfig(Settings):
     optim: OptimSettings = OptimSettings()
     init: InitSettings = InitSettings()
     guard: GuardSettings = GuardSettings()
+    stages: tuple[StageSettings, ...] = Field((), description="the run in stages; steps is then their sum")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_stages(cls, values: Any) -> Any:
+        """Add up the steps of the stages where the whole number is not given."""
+        if not isinstance(values, dict) or not values.get("stages") or "steps" in values:
+            return values
+        with contextlib.suppress(TypeError, KeyError, ValueError):  # what is wrong with them is said later
+            return values | {"steps": sum(int(dict(stage)["steps"]) for stage in values["stages"])}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if self.stages:
+            _check_stages(self)
         return self
+
+
+def _check_stages(config: PretrainConfig) -> None:
+    total, names = sum(s.steps for s in config.stages), [s.name for s in config.stages]
+    if total != config.steps:
+        raise ValueError(
+            f"steps is {config.steps} and the stages add up to {total}; leave steps out, or make it {total}"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"stages need names of their own, got {', '.join(names)}")
+    if config.stages[0].compress_schedules:
+        raise ValueError(f"stage {names[0]!r} is the first, so there are no schedules to compress into it yet")
+    for stage in config.stages:
+        try:
+            overridden(config, stage)
+        except ValidationError as error:
+            raise ValueError(f"stage {stage.name!r}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def overridden(config: PretrainConfig, stage: StageSettings) -> PretrainConfig:
+    """Give the settings of a run with those of one stage in their places, and without its list of stages.
+
+    Raises:
+        pydantic.ValidationError: when the stage has a setting that does not exist or a value that is not allowed.
+    """
+    values = config.model_dump() | {"stages": ()}
+    for key, value in stage.overrides().items():
+        values[key] = values[key] | value if isinstance(value, dict) else value
+    return type(config).model_validate(values)
 
 
 MAY_CHANGE = frozenset(
@@ -276,7 +346,11 @@ def _known_settings(group: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def with_steps(config: PretrainConfig, steps: int) -> PretrainConfig:
-    """Give the same run over another number of steps, its warm-ups compressed in proportion."""
+    """Give the same run over another number of steps, its warm-ups and stages compressed in proportion.
+
+    Raises:
+        ConfigError: when there are more stages than steps.
+    """
     factor = steps / config.steps
     optim = config.optim.model_copy(
         update={
@@ -286,6 +360,26 @@ def with_steps(config: PretrainConfig, steps: int) -> PretrainConfig:
     )
     warmup = round(config.loss.warmup_teacher_temp_steps * factor)
     loss = config.loss.model_copy(update={"warmup_teacher_temp_steps": warmup})
+    stages = _shared_out(config.stages, steps, factor) if config.stages else ()
     warm = config.init.warm_heads_steps
     init = config.init.model_copy(update={"warm_heads_steps": None if warm is None else round(warm * factor)})
-    return config.model_copy(update={"steps": steps, "optim": optim, "loss": loss, "init": init})
+    changed = {"steps": steps, "optim": optim, "loss": loss, "init": init, "stages": stages}
+    return config.model_copy(update=changed)
+
+
+def _shared_out(stages: tuple[StageSettings, ...], steps: int, factor: float) -> tuple[StageSettings, ...]:
+    """Give stages over another number of steps together, each of at least one."""
+    if steps < len(stages):
+        raise ConfigError(f"{steps} steps are too few for {len(stages)} stages. Give at least one step to each.")
+    found, done, planned = [], 0, 0
+    for number, stage in enumerate(stages):
+        planned += stage.steps
+        left = len(stages) - number - 1
+        end = min(max(round(planned * factor), done + 1), steps - left)
+        shorter = {
+            group: {k: round(v * factor) if k.endswith("_steps") else v for k, v in getattr(stage, group).items()}
+            for group in ("optim", "loss")
+        }
+        found.append(stage.model_copy(update={"steps": end - done, **shorter}))
+        done = end
+    return tuple(found)

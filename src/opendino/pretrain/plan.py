@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from opendino.pretrain.centering import CHUNK_ELEMENTS
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.flops import flops_by_part, masked_patches
 from opendino.pretrain.heads import DINOHead
+from opendino.pretrain.stages import timeline
 from opendino.pretrain.student_teacher import StudentTeacher, backbone_config
 
 FP32, HALF = 4, 2
@@ -74,6 +75,9 @@ class Plan:
         kwh: of the devices and what the data centre adds.
         co2_kg: of that energy.
         assumptions: what was assumed, in words.
+        stages: in a run of several stages, steps, images a step, side of the global crops, FLOPs of an image, bytes and
+            device hours of each. The whole's FLOPs are then means over all images, its memory the fullest stage's, its
+            parameters the last's.
     """
 
     parameters: dict[str, int]
@@ -86,6 +90,7 @@ class Plan:
     kwh: float
     co2_kg: float
     assumptions: list[str] = field(default_factory=list)
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def count_parameters(config: PretrainConfig) -> dict[str, int]:
@@ -201,6 +206,13 @@ def plan_run(
         grid_kg_per_kwh: CO₂eq of a kWh.
         cpu: the device is a CPU.
     """
+    if config.stages:
+        parts = [(s, s.config.model_copy(update={"steps": s.end - s.first})) for s in timeline(config)]
+        return _together({
+            stage.name: (c, plan_run(c, device=device, devices=devices, mfu=mfu, sharded=sharded, pue=pue,
+                                     grid_kg_per_kwh=grid_kg_per_kwh, cpu=cpu))
+            for stage, c in parts
+        })  # fmt: skip
     parameters, flops = count_parameters(config), flops_by_part(config)
     share = device.mfu if mfu is None else mfu
     if not 0 < share <= 1:
@@ -221,6 +233,28 @@ def plan_run(
     ]
     return Plan(
         parameters, flops, memory, images, config.steps, seconds, hours, kwh, kwh * grid_kg_per_kwh, assumptions
+    )
+
+
+def _together(parts: dict[str, tuple[PretrainConfig, Plan]]) -> Plan:
+    """Add up the plans of the stages of a run."""
+    plans = [plan for _, plan in parts.values()]
+    images = sum(p.images for p in plans)
+    flops = {k: sum(p.images * p.flops_per_image[k] for p in plans) / images for k in plans[0].flops_per_image}
+    memory = max((p.memory for p in plans), key=lambda parts: parts["total"])
+    stages = {
+        name: {
+            "steps": p.steps, "batch_size": c.batch_size, "global_size": c.crops.global_size,
+            "flops_per_image": p.flops_per_image["total"], "memory": p.memory["total"], "device_hours": p.device_hours,
+        }
+        for name, (c, p) in parts.items()
+    }  # fmt: skip
+    sums = {
+        name: sum(getattr(p, name) for p in plans) for name in ("steps", "seconds", "device_hours", "kwh", "co2_kg")
+    }
+    said = list(dict.fromkeys(line for p in plans for line in p.assumptions))
+    return replace(
+        plans[-1], flops_per_image=flops, memory=memory, images=images, assumptions=said, stages=stages, **sums
     )
 
 

@@ -104,7 +104,8 @@ def lr_too_high(records: Sequence[Record], config: PretrainConfig) -> Finding | 
 
 
 def loss_rose(records: Sequence[Record], config: PretrainConfig) -> Finding | None:
-    """The loss climbs although the teacher's temperature, which moves it by itself, is constant."""
+    """The loss climbs although the teacher's temperature, which moves it by itself, is constant; within a stage."""
+    records = [r for r in records if r.get("stage") == records[-1].get("stage")]
     temp = series(records, "teacher_temp")
     start = since(temp, lambda t: abs(t - temp[-1][1]) < 1e-6) if temp else 0
     ibot = dict(series(records, "ibot"))

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,24 @@ class RunFolder:
         save_file({k: v.cpu().contiguous() for k, v in heads.items()}, aside)
         aside.rename(self.path / "heads.safetensors")
 
+    def keep_weights(self, name: str) -> None:
+        """Keep the teacher that was written last as weights/teacher_NAME.safetensors too."""
+        newest, aside = self.path / "weights" / "teacher.safetensors", self.path / "weights" / ".kept"
+        if newest.is_file():
+            shutil.copyfile(newest, aside)
+            aside.rename(newest.with_name(f"teacher_{name}.safetensors"))
+
 
 def changed_settings(a: PretrainConfig, b: PretrainConfig) -> list[str]:
     """Name the settings in which two runs differ, apart from those that may change on the way."""
-    x, y = a.model_dump(), b.model_dump()
-    return [key for key in x if key not in MAY_CHANGE and x[key] != y[key]]
+    x, y = _defining(a.model_dump()), _defining(b.model_dump())
+    return [key for key in x if x[key] != y[key]]
+
+
+def _defining(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what may change on the way, in stages too."""
+    kept = {key: value for key, value in settings.items() if key not in MAY_CHANGE}
+    return kept | {"stages": [_defining(s) for s in settings["stages"]]} if "stages" in kept else kept
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from opendino.distributed.collectives import barrier, broadcast_object, is_main, rank, world_size
 from opendino.distributed.sharding import whole
 from opendino.errors import ConfigError, DataError
 from opendino.images.fingerprint import explain_change, fingerprint
-from opendino.images.sources import open_source
 from opendino.models.config import PreprocessSpec
 from opendino.models.vit import VisionTransformer
 from opendino.pretrain.checkpoint import Checkpointer
@@ -35,7 +35,9 @@ from opendino.pretrain.loggers import Logger, open_loggers
 from opendino.pretrain.run_folder import Record, RunFolder
 from opendino.pretrain.schedules import cosine_schedule, linear_warmup, scaled_lr
 from opendino.pretrain.spread import whole_teacher
+from opendino.pretrain.stages import Stage, naming, open_sources, stage_after, stage_before, timeline
 from opendino.pretrain.student_teacher import StudentTeacher
+from opendino.pretrain.switch import move_state
 from opendino.pretrain.workers import worker_deaths_explained
 
 log = logging.getLogger("opendino")
@@ -61,11 +63,13 @@ class Trainer:
         self, config: PretrainConfig, *, probe: Probe | None = None, on_step: Callable[[Record], None] | None = None
     ) -> None:
         self.config, self.probe, self.on_step = config, probe, on_step or (lambda record: None)
-        self.source = open_source(config.data)
-        self.engine = Engine(config)
-        self.teacher.preprocess = preprocessing_of(config)  # the probe sees what the result will be used with
+        self.stages = timeline(config)
+        self.sources = open_sources(self.stages)
+        self._enter(self.stages[0])
+        for stage in self.stages:
+            with naming(stage):
+                check_batch(stage.config, len(self.sources[stage.config.data]))
         self.guard = Guard(config, self.source)
-        check_batch(config, len(self.source))
         self.step = self.bad_steps = self.bad_in_a_row = self.image_errors = self.rollbacks = 0
         self.lr_factor = 1.0
         self.loggers: list[Logger] = []
@@ -113,6 +117,9 @@ class Trainer:
                 self._begin()
             batches = self.batches()
             while self.step < self.config.steps:
+                if self.step == self.stage.end:
+                    self._switch()
+                    batches = self.batches()
                 record = self.advance(batches, stop.number)
                 if self._rolled_back():
                     batches = self.batches()
@@ -147,7 +154,9 @@ class Trainer:
         self.engine.clock.step_done()
         counts = {"bad_steps": self.bad_steps, "image_errors": self.image_errors, "rollbacks": self.rollbacks}
         seconds = time.perf_counter() - started
-        return {"step": self.step, **record, **values, **counts, **self._speed(seconds, waited)}
+        return {
+            "step": self.step, **self.stage.label, **record, **values, **counts, **self._speed(seconds, waited)
+        }  # fmt: skip
 
     def _count(self, record: Record) -> None:
         """Count unreadable images and skipped steps; an fp16 overflow alone only lowers the loss scale."""
@@ -167,7 +176,7 @@ class Trainer:
     def _speed(self, seconds: float, waited: float) -> Record:
         engine = self.engine
         return speed_figures(
-            self.config,
+            self.stage.config,
             seconds=seconds,
             waited=waited,
             device=engine.device,
@@ -176,7 +185,7 @@ class Trainer:
         )
 
     def _finish_step(self, record: Record) -> Answer:
-        last = self.step == self.config.steps
+        last = self.step == self.stage.end
         self.checkpointer.poll()
         due = last or self.step % self.config.probe_every == 0 or self.guard.due(self.step)
         answer = self._probe(record) if due else "fine"
@@ -321,7 +330,9 @@ class Trainer:
 
     def schedules(self, step: int) -> dict[str, float]:
         """Give learning rates, weight decay, momentum and teacher temperature of a step (method.md §2)."""
-        c, o, s = self.config, self.config.optim, self.config.loss
+        stage = stage_after(self.stages, step)
+        c, o, s = stage.config, stage.config.optim, stage.config.loss
+        step -= stage.schedule_first
         lr = self.lr_factor * cosine_schedule(
             step,
             start=scaled_lr(o.lr, c.batch_size, o.lr_rule),
@@ -329,10 +340,10 @@ class Trainer:
             total_steps=c.steps,
             warmup_steps=o.warmup_steps,
         )
-        start = self.engine.start.warm_steps
+        warm = max(self.engine.start.warm_steps - stage.schedule_first, 0)
         return {
             "lr": lr,
-            **({"backbone_lr": backbone_rate(c, step, lr, start)} if c.init.weights else {}),
+            **({"backbone_lr": backbone_rate(c, step, lr, warm)} if c.init.weights else {}),
             "last_layer_lr": 0.0 if step < o.freeze_last_layer_steps else lr,
             "weight_decay": cosine_schedule(step, start=o.weight_decay, end=o.weight_decay_end, total_steps=c.steps),
             "momentum": cosine_schedule(step, start=o.momentum, end=o.momentum_end, total_steps=c.steps),
@@ -340,8 +351,8 @@ class Trainer:
         }
 
     def batches(self) -> Iterator[Batch]:
-        """Give the batches of this process from the current step to the last."""
-        c = self.config
+        """Give the batches of this process from the current step to the last of its stage."""
+        c = self.stage.config
         return iter(
             make_loader(
                 self.source,
@@ -349,7 +360,7 @@ class Trainer:
                 batch_size=c.batch_size,
                 seed=c.seed,
                 start_step=self.step,
-                num_steps=c.steps - self.step,
+                num_steps=self.stage.end - self.step,
                 num_workers=c.num_workers,
                 cache=c.cache_images,
                 channels=c.model.in_chans,
@@ -357,6 +368,33 @@ class Trainer:
                 shuffle_buffer=c.shuffle_buffer,
             )
         )
+
+    # --- stages ----------------------------------------------------------------------------------------------------
+
+    def _enter(self, stage: Stage) -> None:
+        """Make data and engine those of a stage; the weights are fresh."""
+        self.stage, self.source = stage, self.sources[stage.config.data]
+        self.engine = Engine(stage.config)
+        self.teacher.preprocess = preprocessing_of(stage.config)
+
+    def _switch(self) -> None:
+        """Go on to the next stage with everything that was learned; both engines are in memory for a moment."""
+        if self.folder:
+            self.folder.keep_weights(self.stage.name)
+        old = self.engine
+        self._enter(self.stages[self.stage.number + 1])
+        move_state(
+            old.tensors(), self.engine.tensors(), self.teacher.config.pos_resize, moments=self.stage.resume_optimizer
+        )
+        self.engine.loss_scale.restore(old.loss_scale.state())
+        self.engine.start = old.start
+
+    def _tensors_at(self, step: int) -> dict[str, Tensor]:
+        """Give the tensors of the engine that made the checkpoint of a step: at a switch that of the stage before."""
+        stage = stage_before(self.stages, step)
+        if stage is not self.stage:
+            self._enter(stage)
+        return self.engine.tensors()
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -380,12 +418,11 @@ class Trainer:
         teacher = whole_teacher(self.model)
         heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if "head" in k.split(".")[0]}
         if self.folder:
-            teacher.preprocess = preprocessing_of(self.config)
             self.folder.write_weights(teacher, heads)
 
     def _load(self, before: int | None = None) -> bool:
         """Take up the newest checkpoint, of an earlier step than `before`; False when there is none."""
-        extras = self.checkpointer.load(self.engine.tensors(), before)
+        extras = self.checkpointer.load(self._tensors_at, before)
         if extras is None:
             return False
         self.step = extras["step"]

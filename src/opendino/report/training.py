@@ -20,12 +20,15 @@ from opendino.report.page import Figure, Note, Section, write_page
 from opendino.report.panels import PANELS, Record, panels
 
 
-def write_training_report(run: Path, findings: Sequence[Mapping[str, Any]] = ()) -> Path:
+def write_training_report(
+    run: Path, findings: Sequence[Mapping[str, Any]] = (), stages: Sequence[Mapping[str, str]] = ()
+) -> Path:
     """Write RUN/report.html and give its path.
 
     Args:
         run: a run folder, of a run that is finished or not; figures that are missing are left out.
         findings: the verdict as plain data, each with "level" ("ok", "watch" or "bad") and "text".
+        stages: a row each of what the stages of the run differ in; none in a run without stages.
 
     Raises:
         DataError: when the folder holds no config.yaml or no step has been recorded.
@@ -36,6 +39,7 @@ def write_training_report(run: Path, findings: Sequence[Mapping[str, Any]] = ())
         raise DataError(f"{run} has no step in metrics.jsonl yet, so there is nothing to report. Let it train first.")
     sections = [
         Section("Verdict", [progress(records, config)], notes=[Note(f["level"], f["text"]) for f in findings]),
+        Section("Stages", columns=list(stages[0]) if stages else [], rows=[list(s.values()) for s in stages]),
         *(Section(title, figures=panels(records, config, chosen)) for title, chosen in PANELS.items()),
         Section("What the networks see", sample_notes(run), figures=samples(run)),
         Section("Settings", columns=["setting", "value"], rows=list(flat(config)), folded=True),
@@ -71,12 +75,16 @@ def read_records(run: Path) -> list[Record]:
 def progress(records: Sequence[Record], config: Mapping[str, Any]) -> str:
     """Say how far the run is, how fast, and how long the rest takes at that speed."""
     step, steps = records[-1]["step"], config.get("steps", records[-1]["step"])
-    text = f"Step {step} of {steps}, {config.get('recipe', '')}, batches of {config.get('batch_size', '?')} images."
+    name = records[-1].get("stage")
+    stage: dict[str, Any] = next((s for s in config.get("stages") or () if s["name"] == name), {})
+    batch = stage.get("batch_size") or config.get("batch_size", "?")
+    text = f"Step {step} of {steps}" + (f", stage {stage['name']}" if stage else "")
+    text += f", {config.get('recipe', '')}, batches of {batch} images."
     rates = [r["images_per_s"] for r in records[-50:] if r.get("images_per_s")]
-    if rates and isinstance(config.get("batch_size"), int):
+    if rates and isinstance(batch, int):
         rate = median(rates)
         text += f" {rate:.3g} images/s"
-        left = (steps - step) * config["batch_size"] / rate
+        left = (steps - step) * batch / rate
         text += f"; {duration(left)} to go." if step < steps else "; the run is complete."
     return text
 
