@@ -8,6 +8,7 @@ an epoch of the published recipes is 1 250 steps (method.md §2).
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -162,6 +163,7 @@ MAY_CHANGE = frozenset(
         "data", "data_may_change", "out", "probe", "device", "sharding", "compile", "activation_checkpointing",
         "num_workers", "cache_images", "log_every", "loggers", "checkpoint_every", "keep_checkpoints",
         "milestone_every", "async_checkpoints", "probe_every", "max_bad_steps", "max_rollbacks", "max_errors",
+        "teacher", "teacher_heads", "frozen_teacher", "cache_teacher",  # compared by their contents
     ]
 )  # fmt: skip
 """Settings that a run may be continued with other values of; the others define what is computed."""
@@ -201,9 +203,18 @@ def parse_config(text: str, origin: str) -> PretrainConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} must hold settings as `key: value`, got {type(values).__name__}.")
     try:
-        return PretrainConfig.model_validate(values)
+        return config_class(values).model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def config_class(values: Mapping[str, Any]) -> type[PretrainConfig]:
+    """Say which kind of run settings are of, by what only that kind has."""
+    if "teacher" in values or "frozen_teacher" in values:
+        from opendino.pretrain.distill.config import DistillConfig, WarmHeadsConfig
+
+        return DistillConfig if "teacher" in values else WarmHeadsConfig
+    return PretrainConfig
 
 
 def _explain(problem: Any) -> str:

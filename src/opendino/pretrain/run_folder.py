@@ -108,7 +108,7 @@ class RunFolder:
 def changed_settings(a: PretrainConfig, b: PretrainConfig) -> list[str]:
     """Name the settings in which two runs differ, apart from those that may change on the way."""
     x, y = a.model_dump(), b.model_dump()
-    return [key for key in x if key not in MAY_CHANGE and x[key] != y[key]]
+    return [key for key in x | y if key not in MAY_CHANGE and x.get(key) != y.get(key)]
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ from opendino.models.vit import VisionTransformer
 from opendino.pretrain.checkpoint import Checkpointer
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch, make_loader
-from opendino.pretrain.engine import Engine
+from opendino.pretrain.engines import make_engine
 from opendino.pretrain.flops import speed_figures
 from opendino.pretrain.interrupts import StopRequest, TrainingStopped
 from opendino.pretrain.loggers import Logger, open_loggers
@@ -60,8 +60,9 @@ class Trainer:
     ) -> None:
         self.config, self.probe, self.on_step = config, probe, on_step or (lambda record: None)
         self.source = open_source(config.data)
-        self.engine = Engine(config)
+        self.engine = make_engine(config)
         check_batch(config, len(self.source))
+        self.engine.begin(self.source)
         self.step = self.bad_steps = self.bad_in_a_row = self.image_errors = self.rollbacks = 0
         self.lr_factor = 1.0
         self.loggers: list[Logger] = []
@@ -164,6 +165,7 @@ class Trainer:
             device=engine.device,
             dtype=engine.amp_dtype,
             processes=world_size(),
+            flops_per_image=engine.flops_per_image,
         )
 
     def _finish_step(self, record: Record) -> None:
@@ -281,6 +283,7 @@ class Trainer:
                 channels=c.model.in_chans,
                 shard=(rank(), world_size()),
                 shuffle_buffer=c.shuffle_buffer,
+                **self.engine.loader_options,
             )
         )
 
@@ -296,7 +299,7 @@ class Trainer:
         }
         self.checkpointer.save(self.step, self.engine.tensors(), extras)
         teacher = whole_teacher(self.model)
-        heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if "head" in k.split(".")[0]}
+        heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if k.split(".")[0] != "backbone"}
         if self.folder:
             teacher.preprocess = preprocessing_of(self.config)
             self.folder.write_weights(teacher, heads)
