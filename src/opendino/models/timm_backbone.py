@@ -7,6 +7,7 @@ Shapes: B images, C channels, P = h·w positions of the last map, D its width.
 from __future__ import annotations
 
 import copy
+import difflib
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _SIZE_OPTIONS: tuple[dict[str, bool] | None, ...] = ({"dynamic_img_size": True},
 class TimmBackbone(VisionTransformer):
     """A model of timm as a backbone.
 
-    The cls token is the model's own where it has one, else the mean of the last map. Further prefix tokens are left
+    Sides that are no multiple of a transformer's patch are cropped at the bottom and right, as ours are. The cls token is the model's own where it has one, else the mean of the last map. Further prefix tokens are left
     out. Masks are not supported: these models have no mask token.
 
     Args:
@@ -47,6 +48,7 @@ class TimmBackbone(VisionTransformer):
         nn.Module.__init__(self)  # the parts of a VisionTransformer are not wanted
         self.preprocess = preprocess or PreprocessSpec()
         self.net = _create(name, img_size, in_chans)
+        self._multiple = _patch_of(self.net)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         self.embed_dim = self.num_features = int(self.net.num_features)
         side = self._grid(img_size, img_size, in_chans)[0]
@@ -93,6 +95,12 @@ class TimmBackbone(VisionTransformer):
 
     def _maps(self, net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """Give the pooled token (B, D) and the last map (B, D, h, w)."""
+        m = self._multiple
+        if min(x.shape[-2:]) < m:
+            raise ConfigError(
+                f"The image is {x.shape[-2]}×{x.shape[-1]} pixels, less than one patch of {m}. Enlarge it."
+            )
+        x = x[..., : x.shape[-2] // m * m, : x.shape[-1] // m * m]
         found: Tensor = net.forward_features(x)
         width, prefix = self.embed_dim, int(getattr(net, "num_prefix_tokens", 0) or 0)
         if found.ndim == 3:  # a transformer's tokens
@@ -113,6 +121,8 @@ class TimmBackbone(VisionTransformer):
 class _Chosen(nn.Module):
     """Stands for the blocks: everything is computed before; only the tokens that are asked for are passed on."""
 
+    drop_path_rate = 0.0
+
     def forward(self, tokens: Tensor, shapes: Any = None, subsets: Any = None, keep: Tensor | None = None) -> Tensor:
         return tokens if keep is None else tokens[keep]
 
@@ -132,16 +142,27 @@ def _create(name: str, img_size: int, in_chans: int) -> Any:
     except ImportError as error:
         raise MissingExtraError("timm", "timm", f"The student {PREFIX}{name}") from error
     if name not in timm.list_models():
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        close = difflib.get_close_matches(name, timm.list_models(), n=4)
         hint = f" Like it are {', '.join(close)}." if close else ""
         raise ConfigError(f"{name!r} is no model of timm {timm.__version__}.{hint}")
     problem: Exception | None = None
     for options in _SIZE_OPTIONS:
         sizes: dict[str, Any] = {} if options is None else {"img_size": img_size, **options}
         try:
-            return timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **sizes)
+            net = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **sizes)
+            fitting = max(1, img_size // _patch_of(net)) * _patch_of(net)
+            if sizes and fitting != img_size:
+                sizes["img_size"] = fitting
+                net = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **sizes)
+            return net
         except TypeError as error:  # the family has no such option
             problem = error
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"timm cannot make {name} for images of {img_size} px: {error}") from error
     raise ConfigError(f"timm cannot make {name}: {problem}")
+
+
+def _patch_of(net: Any) -> int:
+    """Give the side of a transformer's patches, or 1 for what pads by itself."""
+    size = getattr(getattr(net, "patch_embed", None), "patch_size", 1)
+    return int(size[0] if isinstance(size, tuple | list) else size)

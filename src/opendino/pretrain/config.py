@@ -202,10 +202,11 @@ def parse_config(text: str, origin: str) -> PretrainConfig:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} must hold settings as `key: value`, got {type(values).__name__}.")
+    kind = config_class(values)
     try:
-        return config_class(values).model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError(f"{origin}: " + "; ".join(_explain(e, kind) for e in error.errors())) from error
 
 
 def config_class(values: Mapping[str, Any]) -> type[PretrainConfig]:
@@ -217,17 +218,17 @@ def config_class(values: Mapping[str, Any]) -> type[PretrainConfig]:
     return PretrainConfig
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, kind: type[PretrainConfig]) -> str:
     where = ".".join(str(p) for p in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        close = _closest(where)
+        close = _closest(where, kind)
         return f"unknown setting {where!r}" + (f", did you mean {close!r}?" if close else "")
     # The message of a check over a whole group says itself what it was given.
     given = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
     return f"{where or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{given}"
 
 
-def _closest(setting: str) -> str | None:
+def _closest(setting: str, kind: type[PretrainConfig]) -> str | None:
     """Find the known setting whose name is most like that of an unknown one; its own group wins a tie."""
     group, _, key = setting.rpartition(".")
 
@@ -235,7 +236,7 @@ def _closest(setting: str) -> str | None:
         home, _, name = path.rpartition(".")
         return difflib.SequenceMatcher(None, key, name).ratio(), home == group
 
-    best = max(_known_settings(PretrainConfig), key=likeness)
+    best = max(_known_settings(kind), key=likeness)
     return best if likeness(best)[0] >= MIN_LIKENESS else None
 
 

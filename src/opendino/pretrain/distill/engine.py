@@ -117,7 +117,7 @@ class DistillEngine(Engine):
 
     def _tokens_of_one(self, crops: Crops, place: int, key: tuple[int, int]) -> list[Tensor]:
         """Tokens of one image's global crops, and where they are matched of its local ones: cls, patches, cls, …"""
-        cached = self.cache.read(*key) if self.cache else None
+        cached = self.cache.read(*key) if self.cache is not None else None
         if cached is not None:
             return [t.to(self.device) for t in cached]
         groups = [crops.global_crops]
@@ -126,7 +126,7 @@ class DistillEngine(Engine):
         own = [x.unflatten(0, (-1, crops.num_images))[:, place].contiguous() for x in groups]
         dtype = torch.float16 if self.config.cache_dtype == "fp16" else torch.float32
         tokens = [t.to(dtype) for x in own for t in self.frozen.tokens(x)]
-        if self.cache:
+        if self.cache is not None:
             self.cache.write(*key, tokens)
         return [t.float() for t in tokens]
 

@@ -57,9 +57,10 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def tokens(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cls tokens (n, D) and patch tokens (n, P, D) of crops, fp32."""
+        """Give cls tokens (n, D) and patch tokens (n, P, D) of crops, fp32 or wider."""
         found = self.backbone.forward_features(crops)
-        return found["x_norm_clstoken"].float(), found["x_norm_patchtokens"].float()
+        cls, patches = found["x_norm_clstoken"], found["x_norm_patchtokens"]
+        return (cls, patches) if cls.dtype is torch.float64 else (cls.float(), patches.float())
 
 
 def find_heads(name: str, heads: str | Path | None = None) -> Path | None:
