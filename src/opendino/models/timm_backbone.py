@@ -25,8 +25,9 @@ _SIZE_OPTIONS: tuple[dict[str, bool] | None, ...] = ({"dynamic_img_size": True},
 class TimmBackbone(VisionTransformer):
     """A model of timm as a backbone.
 
-    Sides that are no multiple of a transformer's patch are cropped at the bottom and right, as ours are. The cls token is the model's own where it has one, else the mean of the last map. Further prefix tokens are left
-    out. Masks are not supported: these models have no mask token.
+    Sides that are no multiple of a transformer's patch are cropped at the bottom and right, as ours are. The cls token
+    is the model's own where it has one, else the mean of the last map. Further prefix tokens are left out. Masks are not
+    supported: these models have no mask token.
 
     Args:
         name: timm's name of the architecture.
@@ -52,7 +53,7 @@ class TimmBackbone(VisionTransformer):
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         self.embed_dim = self.num_features = int(self.net.num_features)
         side = self._grid(img_size, img_size, in_chans)[0]
-        self.patch_size = max(1, round(img_size / side))
+        self.patch_size = self._multiple if self._multiple > 1 else max(1, round(img_size / side))
         self.config = ViTConfig(
             arch=PREFIX + name, img_size=self.patch_size * max(1, img_size // self.patch_size),
             patch_size=self.patch_size, in_chans=in_chans, embed_dim=self.embed_dim, depth=1, num_heads=1,
