@@ -26,8 +26,8 @@ class TimmBackbone(VisionTransformer):
     """A model of timm as a backbone.
 
     Sides that are no multiple of a transformer's patch are cropped at the bottom and right, as ours are. The cls token
-    is the model's own where it has one, else the mean of the last map. Further prefix tokens are left out. Masks are not
-    supported: these models have no mask token.
+    is the model's own where it has one, else the mean of the last map. Further prefix tokens are left out. Masks are
+    not supported: these models have no mask token.
 
     Args:
         name: timm's name of the architecture.
