@@ -110,7 +110,7 @@ class FeatureDistillation(StudentTeacher):
         """Compute the weighted sum of both losses, means over all crops, and of KoLeo if it has a weight.
 
         Args:
-            crops: the student sees all of them, unmasked.
+            crops: the student sees all of them, by default unmasked.
             targets: what `targets` gave for the same crops.
             depth: the stochastic-depth draws of these images.
         """
@@ -118,7 +118,8 @@ class FeatureDistillation(StudentTeacher):
         backbone = backbone_of(self.student)
         grids = [backbone.grid_of(x) for x in groups]
         every = [x.new_ones(len(x), h * w, dtype=torch.bool) for x, (h, w) in zip(groups, grids, strict=True)]
-        student = backbone.forward_selected(groups, [None] * len(groups), every, depth)
+        masks = [crops.masks, None][: len(groups)]
+        student = backbone.forward_selected(groups, masks, every, depth)
         count = sum(len(x) for x in groups)
         total_cls = total_patches = torch.zeros((), device=crops.global_crops.device)
         for crop, (cls, patches), grid, (target, target_patches) in zip(

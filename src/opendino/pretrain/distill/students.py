@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from opendino.models.registry import get_config
@@ -23,12 +24,24 @@ def student_backbone(config: DistillConfig) -> VisionTransformer:
     from opendino.models.timm_backbone import TimmBackbone
     from opendino.pretrain.trainer import preprocessing_of
 
-    return TimmBackbone(
+    backbone = TimmBackbone(
         config.timm_name,
         img_size=config.crops.global_size,
         in_chans=config.model.in_chans,
         preprocess=preprocessing_of(config),
     )
+    freeze_unused(backbone, config.crops.global_size)
+    return backbone
+
+
+def freeze_unused(backbone: VisionTransformer, size: int) -> None:
+    """Hold still what no token depends on, such as layers of timm's classifier; DDP would wait for its gradients."""
+    training = backbone.training
+    backbone.eval().prepare_tokens(torch.zeros(1, backbone.config.in_chans, size, size)).sum().backward()
+    backbone.train(training)
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 def backbone_of(network: nn.ModuleDict) -> VisionTransformer:
