@@ -75,7 +75,6 @@ def settings(teacher, extra="", **values):
     checkpoint_every: 100
     model: {{arch: vitt14, patch_size: 7, embed_dim: 12, depth: 1, num_heads: 2, init_values: 1.0}}
     crops: {{global_size: 28, local_size: 14, num_local: 2}}
-    masks: {{share: 0.0}}
     heads: {{num_prototypes: {K}, hidden_dim: 8, bottleneck_dim: 4, separate: true}}
     optim: {{lr: 1.0e-2, lr_rule: none, warmup_steps: 2, freeze_last_layer_steps: 1}}
     """
@@ -259,8 +258,8 @@ def test_the_loss_of_features_equals_a_literal_one(patch, standardize, tmp_path)
     want_cls, want_patch = sum(cls_terms) / len(every), sum(patch_terms[0]) / len(every)
     (want_cls + want_patch).backward()
     tolerance = 1e-5
-    assert parts["cls"].item() == pytest.approx(want_cls.item(), abs=tolerance)
-    assert parts["patch"].item() == pytest.approx(want_patch.item(), abs=tolerance)
+    assert parts["feature_cls"].item() == pytest.approx(want_cls.item(), abs=tolerance)
+    assert parts["feature_patch"].item() == pytest.approx(want_patch.item(), abs=tolerance)
     assert total.item() == pytest.approx((want_cls + want_patch).item(), abs=tolerance)
     for name, parameter in model.student.named_parameters():
         if not name.endswith("mask_token"):

@@ -142,7 +142,9 @@ def explain(run: Path, quiet: bool = False) -> None:
 
 def describe(record: dict[str, Any]) -> str:
     """Put the figures of a step on one line."""
-    parts = [f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "cls", "patch", "koleo") if k in record]
+    parts = [
+        f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "feature_cls", "feature_patch", "koleo") if k in record
+    ]
     parts += [f"{record['images_per_s']:.3g} images/s", f"waiting for data {100 * record['data_wait']:.0f} %"]
     parts += [f"{k} {v:.1f}" for k, v in record.get("probe", {}).items()]
     if record["bad_steps"]:

@@ -43,8 +43,8 @@ def describe_cache(
     groups = [(2, crops.global_size)] + ([(crops.num_local, crops.local_size)] if local_crops else [])
     shapes: Shapes = []
     for count, size in groups:
-        patches = (size // backbone.patch_size) ** 2
-        shapes += [[count, backbone.embed_dim], [count, patches, backbone.embed_dim]]
+        h, w = backbone.grid_of(torch.empty(1, backbone.config.in_chans, size, size, device="meta"))
+        shapes += [[count, backbone.embed_dim], [count, h * w, backbone.embed_dim]]
     data = fingerprint(source)
     return {
         "teacher": teacher.fingerprint,

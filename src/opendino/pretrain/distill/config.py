@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from opendino.pretrain.config import PretrainConfig, Settings
+from opendino.pretrain.config import MaskSettings, PretrainConfig, Settings
 
 TIMM = "timm:"
 WARM_FOLDER = "warm_heads"
@@ -38,6 +38,7 @@ class DistillConfig(PretrainConfig):
     cache_teacher: str | None = Field(None, description="folder that keeps what the teacher makes of the fixed views")
     cache_dtype: Literal["fp32", "fp16"] = Field("fp32", description="to which the teacher's tokens are rounded")
     features: FeatureSettings = FeatureSettings()
+    masks: MaskSettings = MaskSettings(share=0.0)  # the paper's student sees whole crops
 
     @property
     def timm_name(self) -> str | None:
@@ -53,6 +54,10 @@ class DistillConfig(PretrainConfig):
     def _check_distillation(self) -> DistillConfig:
         if self.cache_teacher and not self.views:
             raise ValueError("cache_teacher needs fixed augmentations: set views to how many each image gets, e.g. 4")
+        if self.timm_name and self.sharding == "fsdp":
+            raise ValueError("a timm student cannot be sharded; set sharding to ddp")
+        if self.timm_name and self.masks.share:
+            raise ValueError("a timm student has no mask token; set masks.share to 0")
         if self.warm_heads and (self.teacher_heads or self.mode == "features"):
             other = "teacher_heads gives some" if self.teacher_heads else "mode features uses none"
             raise ValueError(f"warm_heads trains heads for the teacher, and {other}; leave one of the two out")

@@ -65,6 +65,7 @@ def distill_defaults(
         values["loss"] |= {"koleo_weight": 0.0}  # the teacher's features keep the student's apart
     if student.startswith(TIMM):
         values["optim"] |= {"layerwise_decay": 1.0, "patch_embed_lr_mult": 1.0}
+        values["sharding"] = "ddp"
     return DistillConfig.model_validate(values)
 
 

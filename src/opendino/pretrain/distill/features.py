@@ -131,7 +131,7 @@ class FeatureDistillation(StudentTeacher):
             total_cls = total_cls + share * cosine_distance(self.student["cls_adapter"](cls), target).mean()
             total_patches = total_patches + share * patch_loss(*pair, self.features.cosine_share)
         targets.features.copy_(student[0][0].detach())
-        parts = {"cls": total_cls.detach(), "patch": total_patches.detach()}
+        parts = {"feature_cls": total_cls.detach(), "feature_patch": total_patches.detach()}
         total = self.features.cls_weight * total_cls + self.features.patch_weight * total_patches
         if self.settings.koleo_weight:
             koleo = torch.stack([koleo_loss(group) for group in student[0][0].chunk(2)]).sum()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opendino.errors import ConfigError
+from opendino.models.vit import VisionTransformer
 from opendino.pretrain.distill.config import DistillConfig
 from opendino.pretrain.distill.teacher import FrozenTeacher, num_prototypes
 
@@ -50,8 +51,9 @@ def check_pair(config: DistillConfig, teacher: FrozenTeacher, student: nn.Module
             f"The teacher {teacher.name} is for images of {backbone.config.in_chans} channels and the student for "
             f"{config.model.in_chans}. Give --model.in-chans {backbone.config.in_chans}."
         )
+    whole = type(backbone) is VisionTransformer  # a timm model sees to its grid itself
     sizes = [crops.global_size] + ([crops.local_size] if crops.num_local and mode == "features" else [])
-    if odd := [s for s in sizes if s % backbone.patch_size]:
+    if odd := [s for s in sizes if whole and s % backbone.patch_size]:
         raise ConfigError(
             f"Crops of {odd[0]} px are no whole patches of the teacher {teacher.name}, whose patches have "
             f"{backbone.patch_size} px. Give --crops.global-size and --crops.local-size that are multiples of "
