@@ -122,6 +122,9 @@ def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     args = words[1:]
     if args[0] == "pretrain":
         args = [*args, *SMALL]
+    if args[0] == "distill":  # the student of a run has as many prototypes as it
+        args = [*args, *(SMALL if "--warm-heads" in args else SMALL[:-2])]
+        args = ["2" if word == "5000" else word for word in args]
     if args[:2] == ["eval", "depth"] and "--head" not in args:
         args = [*args, "--steps", "2"]
     if args[0] == "pretrain" and "--out" in args:

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("data", "say which data set lies at a path and whether it can be used"),
     "visualize": ("visualize", "draw what a model sees: pca, attention"),
     "pretrain": ("pretrain", "train a backbone on your images without labels"),
+    "distill": ("distill", "train a small student against a frozen teacher"),
     "resume": ("resume", "continue an interrupted pre-training run"),
     "finetune": ("finetune", "tune a backbone with labels, against a linear probe on the frozen one"),
     "stats": ("stats", "mean and std of each channel of your images, for a recipe"),

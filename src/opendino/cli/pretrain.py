@@ -89,8 +89,18 @@ def main(argv: list[str]) -> int:
     return code or 0
 
 
-def run(config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
-    """Train under a progress line, which the first of several processes shows, and give the last record."""
+def run(config: PretrainConfig, quiet: bool = False, stay: bool = False) -> dict[str, Any]:
+    """Train under a progress line, which the first of several processes shows, and give the last record.
+
+    Args:
+        config: of the run.
+        quiet: print nothing.
+        stay: keep the processes joined, because another run follows.
+    """
+    if getattr(config, "warm_heads", 0):
+        from opendino.cli.distill import warm_heads
+
+        warm_heads(config, quiet)
     from opendino.cli.probing import knn_probe
     from opendino.distributed.process import leave, place_of
     from opendino.pretrain.trainer import Trainer
@@ -116,7 +126,8 @@ def run(config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
         with progress:
             record = trainer.train()
     finally:
-        leave()
+        if not stay:
+            leave()
         if main_process:
             explain(Path(config.out), quiet)
     if (compared := trainer.guard.compared()) and not trainer.guard.below_start():  # else it has been logged
@@ -147,7 +158,8 @@ def explain(run: Path, quiet: bool = False) -> None:
 def describe(record: dict[str, Any]) -> str:
     """Put the figures of a step on one line."""
     parts = [f"stage {record['stage']}"] if "stage" in record else []
-    parts += [f"{k} {record[k]:.3f}" for k in ("loss", "dino", "ibot", "koleo") if k in record]
+    losses = ("loss", "dino", "ibot", "feature_cls", "feature_patch", "koleo")
+    parts += [f"{k} {record[k]:.3f}" for k in losses if k in record]
     parts += [f"{record['images_per_s']:.3g} images/s", f"waiting for data {100 * record['data_wait']:.0f} %"]
     figures = {**record.get("probe", {}), **{f"own {k}": v for k, v in record.get("guard", {}).items()}}
     parts += [f"{k} {v:.1f}" for k, v in figures.items()]

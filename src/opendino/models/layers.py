@@ -70,7 +70,8 @@ class LayerScale(nn.Module):
 
 def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Give norm(x), in fp32 for fp32 tokens even where a sharding wrapper hands out half-precision weights."""
-    if x.dtype is torch.float32 and norm.weight.dtype in (torch.bfloat16, torch.float16):
+    half = isinstance(norm, nn.LayerNorm) and norm.weight.dtype in (torch.bfloat16, torch.float16)
+    if half and x.dtype is torch.float32:
         return F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
     out: Tensor = norm(x)
     return out

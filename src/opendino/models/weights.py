@@ -123,6 +123,8 @@ def _shape(config: ViTConfig) -> dict[str, Any]:
 
 def _build(path: Path, expected: dict[str, Any], overrides: dict[str, Any], strict: bool) -> VisionTransformer:
     file = read_weights(path)
+    if '"arch": "timm:' in file.metadata.get("opendino.config", ""):
+        return _build_timm(file, expected, overrides)
     reading = to_published(file.state, file.origin)
     state = reading.state
     if LEFTOVERS in file.metadata:
@@ -134,6 +136,31 @@ def _build(path: Path, expected: dict[str, Any], overrides: dict[str, Any], stri
     with torch.device("meta"):
         model = VisionTransformer(config, preprocess)
     _fill(model, reading, state, file.origin, strict)
+    return model
+
+
+def _build_timm(file: WeightFile, expected: dict[str, Any], overrides: dict[str, Any]) -> VisionTransformer:
+    """Build a timm model that `opendino distill` trained."""
+    from opendino.models.timm_backbone import PREFIX, TimmBackbone
+
+    config = ViTConfig.model_validate_json(file.metadata["opendino.config"])
+    if expected or overrides:
+        asked = ", ".join(f"{k} {v}" for k, v in (expected | overrides).items())
+        raise WeightsError(
+            f"{file.origin} holds weights of {config.arch}, which is loaded as it is; asked for was {asked}. Give the "
+            "file alone: opendino.load(FILE)."
+        )
+    spec = preprocess_of(file.metadata, file.preprocessor)
+    name = config.arch.removeprefix(PREFIX)
+    model = TimmBackbone(name, img_size=config.img_size, in_chans=config.in_chans, preprocess=spec)
+    try:
+        model.load_state_dict(file.state)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{file.origin} does not fit {config.arch} of the timm that is installed "
+            f"({' '.join(str(error).split())[:300]}). Install the version of timm that it was trained with."
+        ) from error
+    model.load_report = LoadReport(file.origin, "timm", (), (), ())
     return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -270,6 +271,7 @@ MAY_CHANGE = frozenset(
         "data", "data_may_change", "out", "probe", "device", "sharding", "compile", "activation_checkpointing",
         "num_workers", "cache_images", "log_every", "loggers", "checkpoint_every", "keep_checkpoints",
         "milestone_every", "async_checkpoints", "probe_every", "max_bad_steps", "max_rollbacks", "max_errors", "guard",
+        "teacher", "teacher_heads", "frozen_teacher", "cache_teacher",  # compared by their contents
     ]
 )  # fmt: skip
 """Settings that a run may be continued with other values of; the others define what is computed."""
@@ -308,23 +310,33 @@ def parse_config(text: str, origin: str) -> PretrainConfig:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} must hold settings as `key: value`, got {type(values).__name__}.")
+    kind = config_class(values)
     try:
-        return PretrainConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError(f"{origin}: " + "; ".join(_explain(e, kind) for e in error.errors())) from error
 
 
-def _explain(problem: Any) -> str:
+def config_class(values: Mapping[str, Any]) -> type[PretrainConfig]:
+    """Say which kind of run settings are of, by what only that kind has."""
+    if "teacher" in values or "frozen_teacher" in values:
+        from opendino.pretrain.distill.config import DistillConfig, WarmHeadsConfig
+
+        return DistillConfig if "teacher" in values else WarmHeadsConfig
+    return PretrainConfig
+
+
+def _explain(problem: Any, kind: type[PretrainConfig]) -> str:
     where = ".".join(str(p) for p in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        close = _closest(where)
+        close = _closest(where, kind)
         return f"unknown setting {where!r}" + (f", did you mean {close!r}?" if close else "")
     # The message of a check over a whole group says itself what it was given.
     given = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
     return f"{where or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{given}"
 
 
-def _closest(setting: str) -> str | None:
+def _closest(setting: str, kind: type[PretrainConfig]) -> str | None:
     """Find the known setting whose name is most like that of an unknown one; its own group wins a tie."""
     group, _, key = setting.rpartition(".")
 
@@ -332,7 +344,7 @@ def _closest(setting: str) -> str | None:
         home, _, name = path.rpartition(".")
         return difflib.SequenceMatcher(None, key, name).ratio(), home == group
 
-    best = max(_known_settings(PretrainConfig), key=likeness)
+    best = max(_known_settings(kind), key=likeness)
     return best if likeness(best)[0] >= MIN_LIKENESS else None
 
 

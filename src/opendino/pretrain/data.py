@@ -8,7 +8,7 @@ the same pair, and reported. So the state of a loader is the number of the next 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +49,7 @@ REMOTE_READS = 16
 """Images that one worker fetches from a network at a time."""
 SHUFFLE_BUFFER = 8192
 """Images that are shuffled together where neighbours are read together."""
+SampleRng = Callable[[int, int], np.random.Generator]
 ImageError = tuple[str, str]
 """(path, reason)."""
 Read = tuple[int, int, Tensor, tuple[ImageError, ...]]
@@ -113,6 +114,7 @@ class PretrainDataset(Dataset[Sample]):
         seed: of the run.
         cache: keep decoded images in memory, in each worker; for small sets.
         channels: colour channels to decode to.
+        rng_of: gives the generator of a sample from (index, counter); default: one of its own for each counter.
 
     Raises:
         DataError: for a source without images.
@@ -120,12 +122,19 @@ class PretrainDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, source: ImageSource, crops: CropsConfig, *, seed: int = 0, cache: bool = False, channels: int = 3
+        self,
+        source: ImageSource,
+        crops: CropsConfig,
+        *,
+        seed: int = 0,
+        cache: bool = False,
+        channels: int = 3,
+        rng_of: SampleRng | None = None,
     ) -> None:
         check_channels(crops, channels)
         if not len(source):
             raise DataError("The data holds no image. Give a folder, list or CSV with at least one image.")
-        self.source, self.crops, self.seed, self.channels = source, crops, seed, channels
+        self.source, self.crops, self.seed, self.channels, self.rng_of = source, crops, seed, channels, rng_of
         self._cache: dict[int, Tensor] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -168,18 +177,21 @@ class PretrainDataset(Dataset[Sample]):
             return collate([self._sample(*one) for one in read])
         colours = numbers_for_colours(self.crops)
         count = colours + numbers_for_boxes(self.crops)
-        numbers = np.stack([sample_rng(self.seed, counter).random(count) for counter in counters])
+        numbers = np.stack([self._rng(i, c).random(count) for i, c in zip(indices, counters, strict=True)])
         global_params, local_params = global_and_local_from(numbers[:, :colours], self.crops)
         global_crops, local_crops = multi_crops(images, self.crops, numbers[:, colours:])
         found = tuple(error for of_one in errors for error in of_one)
         return Batch(global_crops, local_crops, global_params, local_params, torch.tensor(indices), found)
 
     def _sample(self, counter: int, index: int, image: Tensor, errors: tuple[ImageError, ...]) -> Sample:
-        rng = sample_rng(self.seed, counter)
+        rng = self._rng(index, counter)
         global_params, local_params = draw_global_and_local(self.crops, rng)
         cut = multi_crop if image.dtype == torch.uint8 else multi_crop_float
         global_crops, local_crops = cut(image, self.crops, rng)
         return Sample(global_crops, local_crops, global_params, local_params, index, errors)
+
+    def _rng(self, index: int, counter: int) -> np.random.Generator:
+        return self.rng_of(index, counter) if self.rng_of else sample_rng(self.seed, counter)
 
     def _fetch(self, index: int) -> str | bytes | Exception:
         try:
@@ -281,6 +293,7 @@ def make_loader(
     channels: int = 3,
     shard: tuple[int, int] = (0, 1),
     shuffle_buffer: int = SHUFFLE_BUFFER,
+    rng_of: SampleRng | None = None,
 ) -> Iterator[Batch]:
     """Give the batches of the steps from `start_step` on.
 
@@ -297,13 +310,14 @@ def make_loader(
         shard: (r, n): this is process r of n, which gets batch_size / n images of each step.
         shuffle_buffer: images that are shuffled together, for tar shards and Parquet; Parquet takes fewer where so many
             would not fit into what a worker keeps decoded.
+        rng_of: gives the generator of a sample from (index, counter), see `PretrainDataset`; picklable.
 
     Raises:
         DataError: when there are too few images, too many in a row cannot be read, or a worker process died.
         ConfigError: when `crops.mean` is for another number of channels, or the batch cannot be shared evenly.
     """
     kernels()  # made or loaded here, so that workers have them
-    dataset = PretrainDataset(source, crops, seed=seed, cache=cache, channels=channels)
+    dataset = PretrainDataset(source, crops, seed=seed, cache=cache, channels=channels, rng_of=rng_of)
     order = choose_order(source, seed, shuffle_buffer)
     loader: DataLoader[Sample] = DataLoader(
         dataset,

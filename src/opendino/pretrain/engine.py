@@ -7,23 +7,27 @@ when its loss or a gradient is not finite.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opendino.distributed.collectives import all_sum, rank, world_size
 from opendino.distributed.process import join, local_device
 from opendino.distributed.sharding import reduce_gradients, whole
+from opendino.images.sources import ImageSource
 from opendino.models.vit import VisionTransformer
 from opendino.pretrain.checkpoint import list_checkpoints
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch
 from opendino.pretrain.depth import DepthDraws
 from opendino.pretrain.device import LossScale, choose_precision
+from opendino.pretrain.flops import model_flops_per_image
 from opendino.pretrain.initialise import Start, initialise, layerwise_decay
 from opendino.pretrain.masking import batch_masks
 from opendino.pretrain.memory import keep_freed_memory
@@ -70,12 +74,12 @@ class Engine:
         self.num_images = config.batch_size // world_size()
         self.first_image = rank() * self.num_images
         torch.manual_seed(stream_seed(config.seed, INIT_STREAM, 0))
-        self.model = StudentTeacher(config)
+        self.model = self.make_model()
         self.start = Start("")  # a run that has a checkpoint takes it from there
         if config.init.weights and not (config.out and list_checkpoints(Path(config.out))):
             self.start = initialise(self.model, config)
         self.compute_loss = spread(self.model, config, self.device, self.amp_dtype)
-        self.networks = dict(self.model.student.items())
+        self.networks = self.trained_networks()
         optim = config.optim
         groups = parameter_groups(
             self.networks, layerwise_decay=layerwise_decay(config), patch_embed_lr_mult=optim.patch_embed_lr_mult
@@ -84,6 +88,31 @@ class Engine:
         self.loss_scale = LossScale(self.amp_dtype is torch.float16)
         self.clock = StepClock(self.device)
         self.telemetry = Telemetry(config, self.networks)
+
+    # --- what other kinds of training change -------------------------------------------------------------------------
+
+    def make_model(self) -> StudentTeacher:
+        """Build student and teacher, on the CPU; torch's generator is seeded."""
+        return StudentTeacher(self.config)
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """Give the networks that the optimiser moves, by name."""
+        return dict(self.model.student.items())
+
+    def begin(self, source: ImageSource) -> None:
+        """Hear which images the run has, before its first step."""
+
+    @property
+    def loader_options(self) -> dict[str, Any]:
+        """Further arguments of `make_loader`."""
+        return {}
+
+    @functools.cached_property
+    def flops_per_image(self) -> float:
+        """FLOPs of one optimiser step per image."""
+        return model_flops_per_image(self.config)
+
+    # -----------------------------------------------------------------------------------------------------------------
 
     @property
     def teacher(self) -> VisionTransformer:
@@ -135,7 +164,7 @@ class Engine:
         DDP and FSDP expect every gradient, so with several processes they are computed and dropped.
         """
         frozen = step < self.start.warm_steps
-        if world_size() == 1:
+        if world_size() == 1 and "backbone" in self.networks:  # there is none where heads alone are trained
             self.networks["backbone"].requires_grad_(not frozen)
         return frozen
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from opendino.models.registry import get_config
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.history import Record, Series, series
-from opendino.pretrain.student_teacher import backbone_config
 
 Level = Literal["ok", "watch", "bad"]
 
@@ -99,11 +98,11 @@ def knn_series(records: Sequence[Record]) -> Series:
 
 def rank_ceiling(records: Sequence[Record], config: PretrainConfig) -> int:
     """The largest rank that the features of a log point can have: their number or their width."""
-    width = get_config(config.model.arch, **backbone_config(config)).embed_dim
+    width = config.model.embed_dim or get_config(config.model.arch).embed_dim
     rows, won = 2 * config.batch_size, winners(records, config)
     if won and won[-1][2] < config.heads.num_prototypes:  # then it is the number of rows, fewer in several processes
         rows = round(won[-1][2])
-    return min(rows, width)
+    return rows if getattr(config, "timm_name", None) else min(rows, width)  # timm's width is not in the settings
 
 
 def either(cures: list[str]) -> str:

@@ -158,6 +158,7 @@ def speed_figures(
     device: torch.device,
     dtype: torch.dtype | None = None,
     processes: int = 1,
+    flops_per_image: float | None = None,
 ) -> dict[str, float]:
     """Give images/s, the share of a step spent waiting for data, TFLOP/s and its share of the peak, and peak memory.
 
@@ -168,9 +169,10 @@ def speed_figures(
         device: of this process.
         dtype: of the autocast; None for fp32.
         processes: of the run; each is taken to have this one's peak.
+        flops_per_image: of one step; None counts those of the configured pre-training.
     """
     rate = config.batch_size / seconds
-    flops = rate * model_flops_per_image(config)
+    flops = rate * (model_flops_per_image(config) if flops_per_image is None else flops_per_image)
     peak = processes * measured_peak_flops(device, dtype or torch.float32)
     figures = {"images_per_s": rate, "data_wait": waited / seconds, "tflops": flops / 1e12, "mfu": flops / peak}
     memory = peak_memory_gb(device)

@@ -114,7 +114,7 @@ def first_crops(rows: Tensor, micro_batches: int = 1) -> Tensor:
 
 
 def health(
-    cls_targets: Tensor,
+    cls_targets: Tensor | None,
     features: Tensor,
     *,
     token_norms: Tensor | None = None,
@@ -124,19 +124,20 @@ def health(
     """Give the figures of one batch, from what the teacher made of the global crops.
 
     Args:
-        cls_targets: (2B, K), micro-batch after micro-batch.
+        cls_targets: (2B, K), micro-batch after micro-batch; None where there are no prototypes.
         features: cls tokens, (2B, D), in the same order.
         token_norms: (any, N) for the norm outliers, see `norm_figures`; None leaves them out.
         num_register_tokens: R of the backbone.
         micro_batches: how many the batch was cut into.
     """
-    figures = {
-        "teacher_entropy": entropy(cls_targets),
-        "prototype_use": prototype_use(cls_targets),
-        "prototypes_won": prototypes_won(cls_targets),
-        "feature_rank": rank_me(features),
-        **neighbour_figures(first_crops(features, micro_batches)),
-    }
+    figures: dict[str, float] = {}
+    if cls_targets is not None:
+        figures = {
+            "teacher_entropy": entropy(cls_targets),
+            "prototype_use": prototype_use(cls_targets),
+            "prototypes_won": prototypes_won(cls_targets),
+        }
+    figures |= {"feature_rank": rank_me(features), **neighbour_figures(first_crops(features, micro_batches))}
     return figures if token_norms is None else figures | norm_figures(token_norms, num_register_tokens)
 
 

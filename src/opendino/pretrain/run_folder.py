@@ -116,7 +116,7 @@ class RunFolder:
 def changed_settings(a: PretrainConfig, b: PretrainConfig) -> list[str]:
     """Name the settings in which two runs differ, apart from those that may change on the way."""
     x, y = _defining(a.model_dump()), _defining(b.model_dump())
-    return [key for key in x if x[key] != y[key]]
+    return [key for key in x | y if x.get(key) != y.get(key)]
 
 
 def _defining(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,20 @@ class Crops:
         global_crops: (2B, C, g, g).
         local_crops: (L·B, C, l, l), or None without local crops.
         masks: bool (2B, P), True where the student sees the mask token.
+        scored: bool (2B, P), the patches that the iBOT loss looks at; None: the masked ones.
+        teacher_tokens: what a frozen teacher made of the crops, when that is known already; crop-major.
     """
 
     global_crops: Tensor
     local_crops: Tensor | None
     masks: Tensor
+    scored: Tensor | None = None
+    teacher_tokens: tuple[Tensor, ...] = ()
+
+    @property
+    def looked_at(self) -> Tensor:
+        """Patches that the iBOT loss looks at, bool (2B, P)."""
+        return self.masks if self.scored is None else self.scored
 
     @property
     def num_images(self) -> int:
@@ -52,11 +61,17 @@ class Crops:
             by_crop: Tensor = x.unflatten(0, (-1, self.num_images))  # (crops, B, ...)
             return by_crop[:, i * size : (i + 1) * size].flatten(0, 1)
 
-        local = self.local_crops
-        return [
-            Crops(cut(self.global_crops, i), None if local is None else cut(local, i), cut(self.masks, i))
-            for i in range(parts)
-        ]
+        def part(i: int) -> Crops:
+            return replace(
+                self,
+                global_crops=cut(self.global_crops, i),
+                local_crops=None if self.local_crops is None else cut(self.local_crops, i),
+                masks=cut(self.masks, i),
+                scored=None if self.scored is None else cut(self.scored, i),
+                teacher_tokens=tuple(cut(tokens, i) for tokens in self.teacher_tokens),
+            )
+
+        return [part(i) for i in range(parts)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Targets:
 
     Attributes:
         cls_rows: of the 2B global crops.
-        patch_rows: of the M masked patches, in the order of `masks.flatten().nonzero()`.
+        patch_rows: of the M masked (or scored) patches, in the order of `masks.flatten().nonzero()`.
         features: (2B, D) teacher cls tokens, for the health figures.
     """
 
@@ -90,12 +105,22 @@ class StudentTeacher(nn.Module):
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         self.settings: LossSettings = config.loss
-        self.student = _network(config)
+        self.student = self.make_student(config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for block in self.teacher["backbone"].blocks:  # type: ignore[union-attr]
             block.drop_path_rate = 0.0
         k = config.heads.num_prototypes
         self.centers = nn.ModuleDict({"dino": MovingCenter(k), "ibot": MovingCenter(k)})
+
+    def make_student(self, config: PretrainConfig) -> nn.ModuleDict:
+        """Build what is trained: "backbone" and heads."""
+        backbone = VisionTransformer(get_config(config.model.arch, **backbone_config(config)))
+        return nn.ModuleDict({"backbone": backbone, **make_heads(config, backbone.embed_dim)})
+
+    @property
+    def target_heads(self) -> nn.ModuleDict:
+        """Network whose heads make the targets."""
+        return self.teacher
 
     def forward(
         self, crops: Crops, targets: Targets, depth: DepthPlan | None = None
@@ -115,18 +140,19 @@ class StudentTeacher(nn.Module):
     def _teacher_tokens(self, crops: Crops) -> tuple[Tensor, Tensor]:
         """cls tokens (2B, D) and masked patches (M, D) of the unmasked global crops."""
         [tokens] = self.teacher["backbone"].forward_selected(  # type: ignore[operator]
-            [crops.global_crops], [None], [crops.masks]
+            [crops.global_crops], [None], [crops.looked_at]
         )
         return tokens  # type: ignore[no-any-return]
 
     def _target_rows(
         self, cls: list[Tensor], patches: list[Tensor], temp: float
     ) -> tuple[list[TargetRows], list[TargetRows]]:
-        if "ibot_head" in self.teacher:
-            cls_z, cls_prototypes = self.teacher["dino_head"](cls)
-            patch_z, patch_prototypes = self.teacher["ibot_head"](patches)
+        heads = self.target_heads
+        if "ibot_head" in heads:
+            cls_z, cls_prototypes = heads["dino_head"](cls)
+            patch_z, patch_prototypes = heads["ibot_head"](patches)
         else:
-            z, cls_prototypes = self.teacher["dino_head"](cls + patches)
+            z, cls_prototypes = heads["dino_head"](cls + patches)
             cls_z, patch_z, patch_prototypes = z[: len(cls)], z[len(cls) :], cls_prototypes
         return self._center("dino", cls_z, cls_prototypes, temp), self._center("ibot", patch_z, patch_prototypes, temp)
 
@@ -154,9 +180,10 @@ class StudentTeacher(nn.Module):
             depth: the stochastic-depth draws of these images (`opendino.pretrain.depth.DepthDraws`).
         """
         groups = [crops.global_crops] + ([] if crops.local_crops is None else [crops.local_crops])
-        masks = [crops.masks, None][: len(groups)]
-        student = self.student["backbone"].forward_selected(groups, masks, masks, depth)  # type: ignore[operator]
+        masks, scored = ([x, None][: len(groups)] for x in (crops.masks, crops.looked_at))
+        student = self.student["backbone"].forward_selected(groups, masks, scored, depth)  # type: ignore[operator]
         cls, patches = student[0]
+        self.notice_student(cls, targets)
         total, parts = self._cross_entropies([tokens for tokens, _ in student], patches, crops, targets)
         parts["dino"] = parts["dino_global"] + parts["dino_local"]
         if self.settings.koleo_weight:
@@ -165,6 +192,9 @@ class StudentTeacher(nn.Module):
             parts["koleo"] = koleo.detach()
         return total, parts
 
+    def notice_student(self, cls: Tensor, targets: Targets) -> None:
+        """See the student's cls tokens of the global crops, (2B, D)."""
+
     def _cross_entropies(
         self, cls: list[Tensor], patches: Tensor, crops: Crops, targets: Targets
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -172,7 +202,7 @@ class StudentTeacher(nn.Module):
         s = self.settings
         dino = dino_rows(targets.cls_rows, len(cls[0]), [len(c) for c in cls[1:]], s.dino_weight)
         own = torch.arange(len(patches), device=patches.device).unsqueeze(1)
-        weights = mask_weights(crops.masks) / len(crops.masks)
+        weights = mask_weights(crops.looked_at) / len(crops.masks)
         ibot = [RowLoss(targets.patch_rows, own, weights, s.ibot_weight)] if s.ibot_weight else []
         extra = [patches][: len(ibot)]
         if "ibot_head" in self.student and ibot:
@@ -214,13 +244,13 @@ def backbone_config(config: PretrainConfig) -> dict[str, object]:
     return {**wanted, "img_size": config.crops.global_size}
 
 
-def _network(config: PretrainConfig) -> nn.ModuleDict:
-    backbone = VisionTransformer(get_config(config.model.arch, **backbone_config(config)))
+def make_heads(config: PretrainConfig, width: int) -> dict[str, DINOHead]:
+    """Build the heads of a backbone of some width: "dino_head", and "ibot_head" where iBOT has its own."""
     heads = config.heads
 
     def head(bottleneck_dim: int) -> DINOHead:
         return DINOHead(
-            backbone.embed_dim,
+            width,
             heads.num_prototypes,
             hidden_dim=heads.hidden_dim,
             bottleneck_dim=bottleneck_dim,
@@ -228,9 +258,7 @@ def _network(config: PretrainConfig) -> nn.ModuleDict:
             batch_norm=heads.batch_norm,
         )
 
-    network = nn.ModuleDict(
-        {"backbone": backbone, "dino_head": head(heads.dino_bottleneck_dim or heads.bottleneck_dim)}
-    )
+    found = {"dino_head": head(heads.dino_bottleneck_dim or heads.bottleneck_dim)}
     if heads.separate:
-        network["ibot_head"] = head(heads.bottleneck_dim)
-    return network
+        found["ibot_head"] = head(heads.bottleneck_dim)
+    return found

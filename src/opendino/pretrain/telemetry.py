@@ -71,8 +71,9 @@ class Telemetry:
             norms = token_norms(teacher, micro_batches[0].global_crops, NORM_CROPS)
         if not is_main():
             return {}
+        cls_targets = [t.cls for t in targets if t.cls is not None]
         return health(
-            torch.cat([t.cls for t in targets]),
+            torch.cat(cls_targets) if cls_targets else None,
             torch.cat([t.features for t in targets]),
             token_norms=norms,
             num_register_tokens=teacher.num_register_tokens,

@@ -26,7 +26,7 @@ from opendino.models.vit import VisionTransformer
 from opendino.pretrain.checkpoint import Checkpointer
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch, make_loader
-from opendino.pretrain.engine import Engine
+from opendino.pretrain.engines import make_engine
 from opendino.pretrain.flops import speed_figures
 from opendino.pretrain.guard import Answer, FeaturesError, Guard
 from opendino.pretrain.initialise import Start, backbone_rate
@@ -70,6 +70,7 @@ class Trainer:
             with naming(stage):
                 check_batch(stage.config, len(self.sources[stage.config.data]))
         self.guard = Guard(config, self.source)
+        self.engine.begin(self.source)
         self.step = self.bad_steps = self.bad_in_a_row = self.image_errors = self.rollbacks = 0
         self.lr_factor = 1.0
         self.loggers: list[Logger] = []
@@ -182,6 +183,7 @@ class Trainer:
             device=engine.device,
             dtype=engine.amp_dtype,
             processes=world_size(),
+            flops_per_image=engine.flops_per_image,
         )
 
     def _finish_step(self, record: Record) -> Answer:
@@ -366,6 +368,7 @@ class Trainer:
                 channels=c.model.in_chans,
                 shard=(rank(), world_size()),
                 shuffle_buffer=c.shuffle_buffer,
+                **self.engine.loader_options,
             )
         )
 
@@ -374,7 +377,7 @@ class Trainer:
     def _enter(self, stage: Stage) -> None:
         """Make data and engine those of a stage; the weights are fresh."""
         self.stage, self.source = stage, self.sources[stage.config.data]
-        self.engine = Engine(stage.config)
+        self.engine = make_engine(stage.config)
         self.teacher.preprocess = preprocessing_of(stage.config)
 
     def _switch(self) -> None:
@@ -383,6 +386,7 @@ class Trainer:
             self.folder.keep_weights(self.stage.name)
         old = self.engine
         self._enter(self.stages[self.stage.number + 1])
+        self.engine.begin(self.source)
         move_state(
             old.tensors(), self.engine.tensors(), self.teacher.config.pos_resize, moments=self.stage.resume_optimizer
         )
@@ -394,6 +398,7 @@ class Trainer:
         stage = stage_before(self.stages, step)
         if stage is not self.stage:
             self._enter(stage)
+            self.engine.begin(self.source)
         return self.engine.tensors()
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -416,7 +421,7 @@ class Trainer:
 
     def _write_weights(self) -> None:
         teacher = whole_teacher(self.model)
-        heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if "head" in k.split(".")[0]}
+        heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if k.split(".")[0] != "backbone"}
         if self.folder:
             self.folder.write_weights(teacher, heads)
 

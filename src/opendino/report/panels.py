@@ -32,6 +32,12 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     "Losses": (
         Panel("DINO and iBOT", "nats", ("dino", "ibot"), "DINO at ln K means that the student guesses.", marks=(LN_K,)),
         Panel("DINO by crops", "nats", ("dino_global", "dino_local"), "The shares of global and local crops in DINO."),
+        Panel(
+            "Features",
+            "loss",
+            ("feature_cls", "feature_patch"),
+            "Distance of the student's tokens from the teacher's: 1 − cosine, and for patches a share of smooth L1.",
+        ),
         Panel("KoLeo", "nats", ("koleo",), "Falls as the features of a batch spread."),
     ),
     "What is learned": (
