@@ -454,6 +454,10 @@ def test_the_command_prints_the_stages_of_a_plan(capsys):
     assert "135,000 steps" in printed
     assert "highres" in printed
     assert "518" in printed
+    said = " ".join(printed.split())
+    assert "main: activations are kept" in said
+    assert "highres: activations are recomputed" in said
+    assert said.count("400 W") == 1
 
 
 def test_a_loss_that_rises_at_a_switch_is_no_finding():

@@ -252,7 +252,8 @@ def _together(parts: dict[str, tuple[PretrainConfig, Plan]]) -> Plan:
     sums = {
         name: sum(getattr(p, name) for p in plans) for name in ("steps", "seconds", "device_hours", "kwh", "co2_kg")
     }
-    said = list(dict.fromkeys(line for p in plans for line in p.assumptions))
+    shared = [line for line in plans[0].assumptions if all(line in p.assumptions for p in plans)]
+    said = shared + [f"{n}: {line}" for n, (_, p) in parts.items() for line in p.assumptions if line not in shared]
     return replace(
         plans[-1], flops_per_image=flops, memory=memory, images=images, assumptions=said, stages=stages, **sums
     )

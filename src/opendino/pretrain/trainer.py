@@ -8,6 +8,7 @@ these, so a resumed run continues bit for bit, and any number of processes draws
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import time
@@ -392,6 +393,8 @@ class Trainer:
         )
         self.engine.loss_scale.restore(old.loss_scale.state())
         self.engine.start = old.start
+        del old
+        gc.collect()  # its modules refer to themselves, and would stay in the device's memory
 
     def _tensors_at(self, step: int) -> dict[str, Tensor]:
         """Give the tensors of the engine that made the checkpoint of a step: at a switch that of the stage before."""
