@@ -121,7 +121,8 @@ def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     args = words[1:]
     if args[0] == "pretrain":
-        args = [*args, *SMALL]
+        small = [w for w in SMALL if "--init" not in args or w not in ("--model.depth", "1")]  # weights say their depth
+        args = [*args, *small]
     if args[:2] == ["eval", "depth"] and "--head" not in args:
         args = [*args, "--steps", "2"]
     if args[0] == "pretrain" and "--out" in args:
