@@ -89,7 +89,7 @@ def test_step_0_has_the_features_of_the_file(public, images, tmp_path, caplog):
         "stands still for 1 of 6",
     ):
         assert words in caplog.text
-    assert "learning rate of the backbone 5e-05 at most (0.1 of the heads' 0.0005), × 0.75 a layer" in caplog.text
+    assert "learning rate of the backbone 0.00025 at most (0.5 of the heads' 0.0005), × 0.9 a layer" in caplog.text
     event = json.loads((run.run / "events.jsonl").read_text().splitlines()[0])
     assert event["event"] == "start"
     assert "public.pth" in event["reason"]
