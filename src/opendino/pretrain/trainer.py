@@ -61,6 +61,7 @@ class Trainer:
         self.config, self.probe, self.on_step = config, probe, on_step or (lambda record: None)
         self.source = open_source(config.data)
         self.engine = make_engine(config)
+        self.config = config = self.engine.config  # it may have settled what was left open
         check_batch(config, len(self.source))
         self.engine.begin(self.source)
         self.step = self.bad_steps = self.bad_in_a_row = self.image_errors = self.rollbacks = 0
