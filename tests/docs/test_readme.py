@@ -120,11 +120,10 @@ def save_depths(*roots):
 def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     args = words[1:]
-    if args[0] == "pretrain":
-        args = [*args, *SMALL]
     if args[0] == "distill":  # the student of a run has as many prototypes as it
         args = [*args, *(SMALL if "--warm-heads" in args else SMALL[:-2])]
         args = ["2" if word == "5000" else word for word in args]
+    if args[0] == "pretrain":
         small = [w for w in SMALL if "--init" not in args or w not in ("--model.depth", "1")]  # weights say their depth
         args = [*args, *small]
     if args[:2] == ["eval", "depth"] and "--head" not in args:

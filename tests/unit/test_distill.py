@@ -26,6 +26,7 @@ from opendino.pretrain.distill.views import FixedViews
 from opendino.pretrain.distill.warm_heads import is_trained, warm_heads_config
 from opendino.pretrain.engines import make_engine
 from opendino.pretrain.heads import DINOHead
+from opendino.pretrain.native import build
 from opendino.pretrain.student_teacher import Crops
 from opendino.pretrain.trainer import Trainer
 
@@ -296,6 +297,18 @@ def test_grids_meet_at_the_coarser_one():
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def native_kernels(monkeypatch):
+    """Turns the native kernels on ("1") or off ("0") for one test."""
+
+    def turn(value):
+        monkeypatch.setenv("OPENDINO_NATIVE", value)
+        build._kernels.cache_clear()
+
+    yield turn
+    build._kernels.cache_clear()
+
+
 def train(config):
     run = Trainer(config)
     run.train()
@@ -316,8 +329,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("mode", ["paper", "features"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_cached_teacher_trains_as_a_live_one_bit_for_bit(mode, dtype, images, tmp_path):
+@pytest.mark.parametrize(("dtype", "native"), [("fp32", "0"), ("fp16", "1")])
+def test_a_cached_teacher_trains_as_a_live_one_bit_for_bit(mode, dtype, native, images, tmp_path, native_kernels):
+    native_kernels(native)  # torch's colours depend on the rest of a batch in their last bit
     teacher = make_teacher(tmp_path / "teacher", batch_norm=True)
     common = {"data": str(images), "mode": mode, "views": 2, "steps": 10, "cache_dtype": dtype}
     live = train(settings(teacher, out=str(tmp_path / "live"), **common))
@@ -427,6 +441,18 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(mode, images, tmp_path):
     assert same(whole, again)
 
 
+def test_the_mode_that_was_chosen_is_written_down(images, tmp_path):
+    teacher = make_teacher(tmp_path / "teacher")
+    run = Trainer(settings(teacher, data=str(images), out=str(tmp_path / "run"), steps=2))
+    assert "(--mode paper)" in run.engine.about
+    assert parse_config((run.run / "config.yaml").read_text(), "test").mode == "paper"
+    again = Trainer(settings(teacher, data=str(images), out=str(tmp_path / "run"), steps=2))
+    assert again.step == 0
+    (teacher / "heads.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has no DINO and iBOT heads"):
+        Trainer(parse_config((run.run / "config.yaml").read_text(), "test"))
+
+
 def test_a_run_is_not_continued_with_another_teacher(images, tmp_path):
     teacher = make_teacher(tmp_path / "teacher")
     train(settings(teacher, data=str(images), out=str(tmp_path / "run"), steps=4, checkpoint_every=2))
@@ -450,7 +476,9 @@ def test_micro_batches_give_the_same_first_loss(images, tmp_path):
 
 def test_heads_are_trained_for_a_frozen_backbone(images, tmp_path):
     teacher = make_teacher(tmp_path / "teacher", heads=False)
-    config = settings(teacher, data=str(images), out=str(tmp_path / "run"), mode="paper", warm_heads=3)
+    config = settings(teacher, data=str(images), out=str(tmp_path / "run"), warm_heads=3)
+    with pytest.raises(ConfigError, match="patches of 7 px and the student has 14 px"):
+        warm_heads_config(settings(teacher, out=str(tmp_path / "run"), warm_heads=3, model={"patch_size": 14}))
     warm = warm_heads_config(config)
     assert (warm.steps, warm.masks.share, is_trained(warm)) == (3, 0.5, False)
     run = Trainer(warm)

@@ -120,6 +120,8 @@ def run(config: PretrainConfig, quiet: bool = False, stay: bool = False) -> dict
             console.print(f"step {record['step']}/{config.steps} {describe(record)}", highlight=False)
 
     trainer = Trainer(config, probe=probe, on_step=on_step)
+    if trainer.engine.about:
+        console.print(trainer.engine.about, highlight=False)
     if trainer.step:
         console.print(f"Continuing {config.out} at step {trainer.step}.")
     try:

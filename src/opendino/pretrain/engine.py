@@ -99,6 +99,11 @@ class Engine:
         """Give the networks that the optimiser moves, by name."""
         return dict(self.model.student.items())
 
+    @property
+    def about(self) -> str:
+        """Say what is trained, where that is not plain from the command; else nothing."""
+        return ""
+
     def begin(self, source: ImageSource) -> None:
         """Hear which images the run has, before its first step."""
 

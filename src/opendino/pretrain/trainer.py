@@ -67,6 +67,10 @@ class Trainer:
         self.stages = timeline(config)
         self.sources = open_sources(self.stages)
         self._enter(self.stages[0])
+        if not config.stages:  # the engine may have settled what was left open
+            self.config = config = self.engine.config
+            self.stages = timeline(config)
+            self.stage = self.stages[0]
         for stage in self.stages:
             with naming(stage):
                 check_batch(stage.config, len(self.sources[stage.config.data]))

@@ -90,6 +90,7 @@ class TeacherCache:
                     f"{self.folder} holds what a teacher made of other inputs ({', '.join(different)} differ). Give "
                     "another --cache-teacher folder, or remove this one."
                 )
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(self.about))
 

@@ -25,6 +25,8 @@ def choose_mode(config: DistillConfig, teacher: FrozenTeacher) -> Literal["paper
     """
     if config.mode == "features":
         return "features"
+    if config.warm_heads:
+        return "paper"
     if teacher.heads is None:
         if config.mode == "paper":
             raise ConfigError(
@@ -73,20 +75,29 @@ def check_pair(config: DistillConfig, teacher: FrozenTeacher, student: nn.Module
 
 
 def _check_paper(config: DistillConfig, teacher: FrozenTeacher, student: nn.Module) -> None:
-    blank = torch.empty(1, config.model.in_chans, config.crops.global_size, config.crops.global_size, device="meta")
-    grid, teacher_grid = student.grid_of(blank), teacher.backbone.grid_of(blank)  # type: ignore[operator]
-    if grid != teacher_grid:
-        raise ConfigError(
-            f"The teacher {teacher.name} has patches of {teacher.backbone.patch_size} px and the student has "
-            f"{student.patch_size} px, which gives {teacher_grid} and {grid} patches; iBOT compares patch by patch. "
-            f"Give --model.patch-size {teacher.backbone.patch_size}, or --mode features, which aligns grids."
-        )
+    check_grids(config, teacher.name, teacher.backbone, student)
     assert teacher.heads is not None
     prototypes = num_prototypes(teacher.heads["dino_head"])
     if config.heads.num_prototypes != prototypes:
         raise ConfigError(
             f"The heads of the teacher {teacher.name} have {prototypes} prototypes and the student's have "
             f"{config.heads.num_prototypes}; both must have the same. Give --heads.num-prototypes {prototypes}."
+        )
+
+
+def check_grids(config: DistillConfig, name: str, teacher: VisionTransformer, student: nn.Module) -> None:
+    """Refuse a student whose patches are not those of the teacher, for paper mode.
+
+    Raises:
+        ConfigError: when they are not.
+    """
+    blank = torch.empty(1, config.model.in_chans, config.crops.global_size, config.crops.global_size, device="meta")
+    grid, teacher_grid = student.grid_of(blank), teacher.grid_of(blank)  # type: ignore[operator]
+    if grid != teacher_grid:
+        raise ConfigError(
+            f"The teacher {name} has patches of {teacher.patch_size} px and the student has "
+            f"{student.patch_size} px, which gives {teacher_grid} and {grid} patches; iBOT compares patch by patch. "
+            f"Give --model.patch-size {teacher.patch_size}, or --mode features, which aligns grids."
         )
 
 

@@ -20,6 +20,8 @@ from opendino.models.weights import load
 from opendino.pretrain.checkpoint import list_checkpoints, step_of
 from opendino.pretrain.config import PretrainConfig, with_steps
 from opendino.pretrain.distill.config import WARM_FOLDER, DistillConfig, WarmHeadsConfig
+from opendino.pretrain.distill.matching import check_grids
+from opendino.pretrain.distill.students import student_backbone
 from opendino.pretrain.distill.teacher import HEADS_FILE, fingerprint_of
 from opendino.pretrain.engine import Engine
 from opendino.pretrain.student_teacher import StudentTeacher, make_heads
@@ -65,9 +67,14 @@ def warm_heads_config(config: DistillConfig) -> WarmHeadsConfig:
 
     Heads, losses, crops, batch, rates and schedules are those of the distillation, over `warm_heads` steps; masks are
     those of pre-training, from which iBOT learns.
+
+    Raises:
+        ConfigError: when the student's patches are not those of the teacher, so that paper mode is not to be had.
     """
     values: dict[str, Any] = {k: v for k, v in config.model_dump().items() if k in PretrainConfig.model_fields}
-    backbone = load(config.teacher).config
+    teacher = load(config.teacher)
+    check_grids(config, config.teacher, teacher, student_backbone(config))  # before the time is spent
+    backbone = teacher.config
     known = backbone.arch in MODELS
     shape = {"patch_size": backbone.patch_size, "embed_dim": backbone.embed_dim, "depth": backbone.depth}
     values["model"] |= shape | {"num_heads": backbone.num_heads, "in_chans": backbone.in_chans}
