@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from opendino.pretrain.native import build
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +27,6 @@ from opendino.pretrain.distill.views import FixedViews
 from opendino.pretrain.distill.warm_heads import is_trained, warm_heads_config
 from opendino.pretrain.engines import make_engine
 from opendino.pretrain.heads import DINOHead
-from opendino.pretrain.native import build
 from opendino.pretrain.student_teacher import Crops
 from opendino.pretrain.trainer import Trainer
 
@@ -632,3 +632,8 @@ def test_defaults_follow_from_teacher_and_student(tmp_path, images):
     assert (weights_only.recipe, weights_only.loss.koleo_weight) == ("vitb14", 0.0)
     with pytest.raises(ConfigError, match="is no student"):
         distill_defaults(str(tmp_path / "run"), "resnet18")
+
+
+def test_a_distillation_in_stages_is_refused():
+    with pytest.raises(ConfigError, match="has no stages"):
+        parse_config("{teacher: vits14, stages: [{name: a, steps: 5}]}", "settings")
