@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from opendino.pretrain.native import build
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +15,7 @@ from opendino.errors import ConfigError, WeightsError
 from opendino.models.config import ViTConfig
 from opendino.models.vit import VisionTransformer
 from opendino.models.weights import save_backbone
+from opendino.native import build
 from opendino.pretrain.config import parse_config
 from opendino.pretrain.distill.config import DistillConfig, WarmHeadsConfig
 from opendino.pretrain.distill.defaults import distill_defaults
