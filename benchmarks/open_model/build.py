@@ -14,12 +14,12 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from credits_table import write_licences
 from rich.console import Console
 from rich.progress import Progress
 
-from credits_table import write_licences
 from opendino.errors import OpendinoError
-from opendino.sample_data import fashion_mnist, open_emoji, open_rooms, openclipart
+from opendino.sample_data import fashion_mnist, icon_sets, open_emoji, open_photos, open_rooms, openclipart
 from opendino.sample_data.demo import build_folder, is_built
 from opendino.sample_data.licences import Ledger
 from opendino.sample_data.package_pins import PACKAGES
@@ -48,6 +48,9 @@ BUILDERS: dict[str, tuple[tuple[str, ...], Callable[[Raw, Path, Progress], objec
     "openclipart": (openclipart.PACKAGES_NEEDED, openclipart.build_openclipart),
     "emoji": (open_emoji.PACKAGES_NEEDED, open_emoji.build_open_emoji),
     "fashion-mnist": (("fashion-mnist",), build_fashion),
+    "photos": (open_photos.PACKAGES_NEEDED, open_photos.build_open_photos),
+    "icons": (icon_sets.ICONS, icon_sets.build_icons),
+    "emoji-more": ((*icon_sets.EMOJI, "emoji-google"), icon_sets.build_more_emoji),
 }
 """Set → packages that it is made from, and what makes it."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawings with an alpha channel made into opaque training images: cut to what is drawn, scaled down, put on a ground."""
+"""Drawings with an alpha channel made into opaque training images: cut to what is drawn, scaled, put on a ground."""
 
 from __future__ import annotations
 
@@ -36,8 +36,13 @@ def open_drawing(path: Path) -> Image.Image | None:
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     drawn.thumbnail((2048, 2048), Image.Resampling.BOX, reducing_gap=1.0)
-    box = drawn.getchannel("A").point([255 * (a >= VISIBLE) for a in range(256)]).getbbox()
-    return drawn.crop(box) if box and max(box[2] - box[0], box[3] - box[1]) >= MIN_SIDE else None
+    return cut_out(drawn)
+
+
+def cut_out(drawing: Image.Image) -> Image.Image | None:
+    """Cut an RGBA image to what is drawn; None when that is less than 24 pixels on its longer side."""
+    box = drawing.getchannel("A").point([255 * (a >= VISIBLE) for a in range(256)]).getbbox()
+    return drawing.crop(box) if box and max(box[2] - box[0], box[3] - box[1]) >= MIN_SIDE else None
 
 
 def on_ground(drawing: Image.Image, name: str, side: int = SIDE) -> Image.Image:

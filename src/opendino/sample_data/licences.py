@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 OPEN = frozenset([
-    "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc0-1.0", "isc",
-    "mit", "public-domain", "unlicense", "zlib",
+    "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+    "cc0-1.0", "isc", "mit", "public-domain", "unlicense", "zlib",
 ])  # fmt: skip
 """Names of the licences that are let in, lower case."""
 
 _NAMES = {
-    "cc-0": "cc0-1.0", "cc0": "cc0-1.0", "cc-0-1.0": "cc0-1.0", "cc-zero": "cc0-1.0", "expat": "mit", "pd": "public-domain",
-    "public domain": "public-domain", "publicdomain": "public-domain", "cc-pd": "public-domain",
+    "cc-0": "cc0-1.0", "cc0": "cc0-1.0", "cc-0-1.0": "cc0-1.0", "cc-zero": "cc0-1.0", "expat": "mit",
+    "pd": "public-domain", "public domain": "public-domain", "publicdomain": "public-domain", "cc-pd": "public-domain",
     "creativecommons-cc-by-3.0": "cc-by-3.0", "creativecommons-cc-by-4.0": "cc-by-4.0", "apache-2": "apache-2.0",
     "cc-by-3": "cc-by-3.0", "cc-by-4": "cc-by-4.0", "cc-by-2": "cc-by-2.0",
 }  # fmt: skip

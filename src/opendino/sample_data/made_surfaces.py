@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floors and walls drawn by numbers alone: boards, tiles, bricks, stone, cloth and plaster, without anybody's photograph.
+"""Floors and walls drawn by numbers alone: boards, tiles, bricks, stone, cloth and plaster, from nobody's photograph.
 
 File names follow the rule by which `Renderer` tells floors from walls.
 """
@@ -133,7 +133,8 @@ def pebbles(rng: Rng) -> Floats:
     """Stones that fill the ground: the nearest of many points, darker towards the edge."""
     count = int(rng.integers(30, 200))
     points = rng.uniform(0, SIDE, (count, 2))
-    at = np.stack(np.mgrid[:SIDE, :SIDE], -1)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    at = np.stack([y, x], -1)
     gap = np.abs(at[:, :, None] - points)
     distance = np.linalg.norm(np.minimum(gap, SIDE - gap), axis=-1)
     near = np.partition(distance, 1, -1)
@@ -151,7 +152,8 @@ def cloth(rng: Rng) -> Floats:
             period, width = SIDE // int(rng.choice([2, 4, 8, 16, 32])), rng.uniform(0.1, 0.5)
             stripe = ((axis + rng.integers(0, period)) % period < width * period)[..., None]
             image = np.where(stripe, 0.4 * image + 0.6 * hue(rng, 0.2, 0.95, 0.6), image)
-    return image * (1 + 0.05 * noise(rng, (128, 128), 2)[..., None])
+    woven: Floats = image * (1 + 0.05 * noise(rng, (128, 128), 2)[..., None])
+    return woven
 
 
 def plaster(rng: Rng) -> Floats:
@@ -169,7 +171,8 @@ def dots(rng: Rng) -> Floats:
     outline = reach * (1 + rng.uniform(0, 0.6) * np.cos(petals * np.arctan2(v, u)))
     figure = (np.hypot(u, v) < outline)[..., None]
     image = np.where(figure, hue(rng, 0.3, 1.0, 0.6), hue(rng, 0.4, 1.0, 0.4))
-    return image * (1 + 0.02 * noise(rng, (64, 64), 2)[..., None])
+    printed: Floats = image * (1 + 0.02 * noise(rng, (64, 64), 2)[..., None])
+    return printed
 
 
 KINDS: dict[str, Callable[[Rng], Floats]] = {

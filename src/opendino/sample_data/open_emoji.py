@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.progress import Progress
 
 from opendino.sample_data.drawings import fingerprint, on_ground, open_drawing
