@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The licences of the sets that were built, as licences.json and LICENCES.md beside them."""
+"""The licences of the sets that were built, as licences.json, LICENCES.md and SUMMARY.md beside them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_licences(out: Path) -> list[str]:
     """Gather the credits.json of every set under `out`; give a line "folder, images" for each set."""
     sets: dict[str, dict[str, Any]] = {}
     for path in sorted(out.rglob("credits.json")):
-        if any(part.startswith(".") for part in path.relative_to(out).parts):
+        if not (path.parent / MARKER).exists() or any(p.startswith(".") for p in path.relative_to(out).parts):
             continue  # a set that is being made
         name = path.relative_to(out).parts[0]
         entry = sets.setdefault(name, {"images": 0, "packages": set(), "credits": {}, "left_out": {}})
@@ -32,6 +32,7 @@ def write_licences(out: Path) -> list[str]:
     }
     (out / "licences.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False), encoding="utf-8")
     (out / "LICENCES.md").write_text("\n".join(_page(listed)) + "\n", encoding="utf-8")
+    (out / "SUMMARY.md").write_text("\n".join(summary(listed)) + "\n", encoding="utf-8")
     return [f"{(out / name).resolve()}, {entry['images']}" for name, entry in listed.items()]
 
 
@@ -49,4 +50,22 @@ def _page(sets: dict[str, dict[str, Any]]) -> list[str]:
         lines += ["", "Left out:" if entry["left_out"] else "Nothing was left out.", ""]
         lines += [f"- {count} × {reason}" for reason, count in sorted(Counter(entry["left_out"]).items())]
         lines.append("")
+    return lines
+
+
+def summary(sets: dict[str, dict[str, Any]]) -> list[str]:
+    """Give the table and the credits of docs/open-model.md: packages by licence, and whom CC-BY asks to name."""
+    lines = ["| set | images | package | licence | works |", "| --- | ---: | --- | --- | ---: |"]
+    named: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name, entry in sets.items():
+        works = Counter((c["package"], c["licence"]) for c in entry["credits"])
+        for number, ((package, licence), count) in enumerate(sorted(works.items())):
+            start = f"| `{name}` | {entry['images']}" if number == 0 else "| | "
+            lines.append(f"{start} | {package} | {licence} | {count} |")
+        for credit in entry["credits"]:
+            if credit["licence"].startswith("cc-by"):
+                named[credit["package"], credit["licence"]].add(credit["holder"])
+    lines += ["", "Credits under CC-BY:", ""]
+    for (package, licence), holders in sorted(named.items()):
+        lines.append(f"- {package}, {licence.upper()}: {'; '.join(sorted(holders, key=str.lower))}")
     return lines
