@@ -140,7 +140,8 @@ def pebbles(rng: Rng) -> Floats:
     near = np.partition(distance, 1, -1)
     edge = np.clip((near[..., 1] - near[..., 0]) / (0.25 * SIDE / np.sqrt(count)), 0, 1)
     tone = rng.normal(0, 0.15, count)[distance.argmin(-1)] + 0.06 * noise(rng, (32, 32))
-    return _painted(hue(rng), tone) * (0.35 + 0.65 * edge[..., None])
+    stones: Floats = _painted(hue(rng), tone) * (0.35 + 0.65 * edge[..., None])
+    return stones
 
 
 def cloth(rng: Rng) -> Floats:
