@@ -11,6 +11,7 @@ LICENCES.md beside the sets says who is to be credited, and what was left out an
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from credits_table import write_licences
 from rich.console import Console
 from rich.progress import Progress
 
-from opendino.errors import OpendinoError
+from opendino.errors import DataError, OpendinoError
 from opendino.sample_data import fashion_mnist, icon_sets, open_emoji, open_photos, open_rooms, openclipart
 from opendino.sample_data.demo import build_folder, is_built
 from opendino.sample_data.licences import Ledger
@@ -94,11 +95,23 @@ def build_rooms(out: Path, packages: Path | None, progress: Progress, shards: in
         progress.console.print(f"{out / 'rooms'} is there.", highlight=False)
         return
     raw = {p: fetch(p, packages, progress.console) for p in open_rooms.PACKAGES_NEEDED}
-    stage = open_rooms.open_stage(raw, out / ".surfaces")
-    licences = _licences(open_rooms.PACKAGES_NEEDED)
     for number, folder in progress.track(list(missing.items()), description="shards of rooms"):
-        build_folder(folder, lambda part, n=number: open_rooms.render_shard(stage, n, part, progress), licences)
+        child = multiprocessing.get_context("spawn").Process(target=render, args=(raw, out, folder, number))
+        child.start()
+        child.join()
+        if child.exitcode or not is_built(folder):
+            raise DataError(
+                f"{folder} was not rendered: its process ended with {child.exitcode}. Run the command again."
+            )
         finish(out, progress)
+
+
+def render(raw: dict[str, Path], out: Path, folder: Path, number: int) -> None:
+    """Render a shard in a process of its own: PyBullet keeps about a gigabyte of what 200 views have needed."""
+    licences = _licences(open_rooms.PACKAGES_NEEDED)
+    with Progress(console=Console(stderr=True)) as progress:
+        stage = open_rooms.open_stage(raw, out / ".surfaces")
+        build_folder(folder, lambda part: open_rooms.render_shard(stage, number, part, progress), licences)
 
 
 def finish(out: Path, progress: Progress) -> None:
