@@ -107,7 +107,7 @@ def build_rooms(out: Path, packages: Path | None, progress: Progress, shards: in
 
 
 def render(raw: dict[str, Path], out: Path, folder: Path, number: int) -> None:
-    """Render a shard in a process of its own: PyBullet keeps about a gigabyte of what 200 views have needed."""
+    """Render a shard in a process of its own: its meshes and textures take about a gigabyte that is not given back."""
     licences = _licences(open_rooms.PACKAGES_NEEDED)
     with Progress(console=Console(stderr=True)) as progress:
         stage = open_rooms.open_stage(raw, out / ".surfaces")
