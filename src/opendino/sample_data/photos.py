@@ -152,7 +152,7 @@ def split_held_out(photographs: Sequence[Photograph]) -> tuple[list[Photograph],
     thumbnails = np.zeros((0, 256))
     for photograph in photographs:
         image = photograph.open()
-        thumbnail = _thumbnail(image)
+        thumbnail = thumbnail_of(image)
         if min(image.size) >= MIN_SIDE and not (thumbnails @ thumbnail > NEAR_COPY).any():
             kept.append(photograph)
             thumbnails = np.concatenate([thumbnails, thumbnail[None]])
@@ -161,7 +161,8 @@ def split_held_out(photographs: Sequence[Photograph]) -> tuple[list[Photograph],
     return [p for p in kept if p.name not in held_out], [p for p in kept if p.name in held_out]
 
 
-def _thumbnail(image: Image.Image) -> np.ndarray:
+def thumbnail_of(image: Image.Image) -> np.ndarray:
+    """Give 16×16 grey pixels (256,) without their mean, of length one: near copies have a cosine over `NEAR_COPY`."""
     grey = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX), float).ravel()
     grey = grey - grey.mean()
     unit: np.ndarray = grey / max(float(np.linalg.norm(grey)), 1e-9)

@@ -41,7 +41,7 @@ MIN_SIDE, MAX_SIDE = 0.12, 3.2  # metres, of a model's longest side
 GLASS = 0.4
 """Materials of less opacity are left out, unless the model has no other."""
 _LIBRARIES = "usr/share/sweethome3d/furniture"
-_CATALOGUE = "PluginFurnitureCatalog.properties"
+CATALOGUE = "PluginFurnitureCatalog.properties"
 _ENTRY = re.compile(r"^([A-Za-z]+)#(\d+)\s*=\s*(.*)$")
 Floats = npt.NDArray[np.float64]
 
@@ -112,7 +112,7 @@ def load_models(package: Path) -> list[RoomModel]:
     found = []
     for library in sorted((package / _LIBRARIES).glob("*.sh3f"), key=lambda p: p.name):
         folder = _unpacked(library, package / "models" / library.stem)
-        for entry in read_catalogue(folder / _CATALOGUE):
+        for entry in read_catalogue(folder / CATALOGUE):
             model = _model(entry, folder, library.stem)
             if model is not None:
                 found.append(model)
