@@ -23,7 +23,9 @@ from opendino.pretrain.config import load_recipe
 from opendino.pretrain.interrupts import TrainingStopped
 from real_sets.train import Session
 
-SHARES = {"fashion-mnist": 1.0, "emoji": 1.0, "openclipart": 0.6, "rooms": 0.4, "photos": 0.6}
+SHARES = {
+    "fashion-mnist": 1.0, "emoji": 0.8, "emoji-more": 0.6, "openclipart": 0.4, "icons": 0.2, "rooms": 0.5, "photos": 0.6
+}  # fmt: skip
 """Images of a set in an epoch, as a part of Fashion-MNIST's 60 000; sets that are not there yet are left out."""
 EPOCH = 60_000
 
