@@ -53,7 +53,7 @@ class DistillConfig(PretrainConfig):
     @model_validator(mode="after")
     def _check_distillation(self) -> DistillConfig:
         if self.stages:
-            raise ValueError("a distillation has no stages; for larger crops start another one, with --init of the first")
+            raise ValueError("a distillation has no stages; for larger crops start another from the first, by --init")
         if self.cache_teacher and not self.views:
             raise ValueError("cache_teacher needs fixed augmentations: set views to how many each image gets, e.g. 4")
         if self.timm_name and self.sharding == "fsdp":
