@@ -7,7 +7,6 @@ vectors are, so that a folder is never continued with another model or other set
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 
 from opendino._version import __version__
 from opendino.embed.embedder import Embedder
 from opendino.errors import ConfigError, DataError
+from opendino.models.fingerprint import weights_fingerprint as weights_fingerprint
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -52,16 +51,6 @@ class Progress:
             else:
                 missing.append(place)
         return missing
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Give the sha256 over the names, shapes, dtypes and bytes of every tensor of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def describe(embedder: Embedder, model_name: str, source: str) -> dict[str, Any]:
