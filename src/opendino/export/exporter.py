@@ -7,19 +7,22 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
 from opendino.errors import ConfigError
+from opendino.export.calibrate import input_ranges
+from opendino.export.images import batch_of, photographs
 from opendino.export.metadata import PRECISIONS, ExportInfo, ExportPrecision, checked_outputs
 from opendino.export.onnx import write_onnx
+from opendino.export.openvino import write_openvino
 from opendino.export.session import SUFFIXES
 from opendino.export.verify import Limits, OnCase, Report, check, verify
+from opendino.images.preprocess import Preprocess
 from opendino.models.fingerprint import weights_fingerprint
 from opendino.models.vit import VisionTransformer
 
-Kind = Literal["onnx", "openvino"]
+CALIBRATION_IMAGES = 64
 
 
 def export_backbone(
@@ -76,7 +79,7 @@ def export_backbone(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        write_onnx(model, info, aside / target.name)
+        _write(model, info, aside / target.name, images or photographs(None, model.config.in_chans))
         report = verify(aside / target.name, model, images=images, sizes=sizes, limits=limits, on_case=on_case)
         report = replace(report, file=str(target))
         if not allow:
@@ -86,6 +89,24 @@ def export_backbone(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return report
+
+
+def _write(model: VisionTransformer, info: ExportInfo, path: Path, images: Sequence[Tensor]) -> None:
+    batches = _calibration(info, images) if info.precision == "int8" else []
+    prepared = [Preprocess(info.preprocess, patch_size=info.config.patch_size).normalise(b) for b in batches]
+    if path.suffix == ".onnx":
+        write_onnx(model, info, path, input_ranges(model, prepared))
+    else:
+        write_openvino(model, info, path, [b.numpy() for b in (batches if info.uint8_input else prepared)])
+
+
+def _calibration(info: ExportInfo, images: Sequence[Tensor]) -> list[Tensor]:
+    """Batches of pixels 0-255 in the shape that the file takes, each image once."""
+    size = info.size or (info.preprocess.crop, info.preprocess.crop)
+    count, step = min(len(images), CALIBRATION_IMAGES), info.batch or 1
+    return [
+        batch_of(images, info.preprocess, size, step, info.config.patch_size, first) for first in range(0, count, step)
+    ]
 
 
 def _described(

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from opendino.export.builder import GraphBuilder
+from opendino.export.calibrate import Range
 from opendino.export.linear import LinearWriter
 from opendino.export.metadata import ExportInfo
 from opendino.export.positions import resized_positions
@@ -35,10 +36,10 @@ class BackboneGraph:
     Args:
         model: the backbone; its weights are read as fp32.
         info: what the file is to be.
-        ranges: for int8, the largest absolute input of each linear layer by channel (`opendino.export.calibrate`).
+        ranges: for int8, of each linear layer's inputs (`opendino.export.calibrate.input_ranges`).
     """
 
-    def __init__(self, model: VisionTransformer, info: ExportInfo, ranges: Mapping[str, Floats] | None = None) -> None:
+    def __init__(self, model: VisionTransformer, info: ExportInfo, ranges: Mapping[str, Range] | None = None) -> None:
         self.model, self.info, self.c = model, info, model.config
         self.w = {k: v.detach().float().cpu().numpy() for k, v in model.state_dict().items()}
         self.g = GraphBuilder()

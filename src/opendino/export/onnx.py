@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from opendino.export.builder import EXTERNAL_FROM_BYTES
-from opendino.export.graph import BackboneGraph, Floats
+from opendino.export.calibrate import Range
+from opendino.export.graph import BackboneGraph
 from opendino.export.metadata import ExportInfo
 from opendino.models.vit import VisionTransformer
 
@@ -16,7 +17,7 @@ def write_onnx(
     model: VisionTransformer,
     info: ExportInfo,
     path: Path,
-    ranges: Mapping[str, Floats] | None = None,
+    ranges: Mapping[str, Range] | None = None,
     external_from: int = EXTERNAL_FROM_BYTES,
 ) -> None:
     """Write the graph, without verifying it.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opendino.errors import WeightsError
+from opendino.export.content import changed
 from opendino.export.images import batch_of, photographs
 from opendino.export.metadata import ExportInfo
 from opendino.export.session import Session, open_session
@@ -137,6 +138,8 @@ def verify(
     problems = []
     if info.weights_sha256 != weights_fingerprint(model):
         problems.append(f"{path} says that it was made from other weights than those of the model given")
+    if changed(Path(path), info):
+        problems.append("its numbers are not those that were exported (another hash): it was changed or damaged")
     if (info.config.embed_dim, info.config.in_chans) != (model.config.embed_dim, model.config.in_chans):
         return Report(str(path), info.precision, limits, [], problems)
     images = images or photographs(None, info.config.in_chans)
