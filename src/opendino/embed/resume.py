@@ -55,23 +55,23 @@ class Progress:
 
 def describe(embedder: Embedder, model_name: str, source: str) -> dict[str, Any]:
     """Give the manifest's fixed part: all that decides what a row holds."""
-    model = embedder.model
+    config, runtime = embedder.config, embedder.runtime
     return {
         "format": FORMAT,
         "model": model_name,
-        "weights_sha256": weights_fingerprint(model),
-        "config": model.config.model_dump(mode="json"),
-        "preprocess": model.preprocess.model_dump(mode="json"),
+        "weights_sha256": runtime.weights_sha256(),
+        "config": config.model_dump(mode="json"),
+        "preprocess": runtime.spec.model_dump(mode="json"),
         "input_shape": list(embedder.input_shape),
         "size": list(embedder.size) if isinstance(embedder.size, tuple) else embedder.size,
         "fit": embedder.fit,
         "precision": embedder.precision,
         "what": list(embedder.what),
         "layers": embedder.layers,
-        "dim": embedder.layers * model.config.embed_dim,
+        "dim": embedder.layers * config.embed_dim,
         "grid": list(embedder.grid),
         "input": source,
-    }
+    } | runtime.identity()
 
 
 # The model's name may change (a file moved); its weights may not. An int and a pair that give the same shape are equal.

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from opendino.errors import ConfigError
@@ -29,38 +31,26 @@ def export_backbone(
     model: VisionTransformer,
     target: str | Path,
     *,
-    size: int | tuple[int, int] | None = None,
-    dynamic: bool = False,
-    batch: int | None = None,
-    precision: ExportPrecision = "fp32",
-    outputs: Sequence[str] | str = ("cls", "patches"),
-    layers: int = 1,
-    uint8_input: bool = False,
+    info: ExportInfo | None = None,
     images: Sequence[Tensor] | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
     limits: Limits | None = None,
-    licence: str = "not stated",
     allow: bool = False,
     on_case: OnCase | None = None,
+    **settings: Any,
 ) -> Report:
     """Export a backbone; the file appears when it has been run and found close to the model.
 
     Args:
         model: the backbone, fp32.
         target: .onnx for ONNX, .xml for OpenVINO (its .bin appears beside it).
-        size: side or (height, width), pixels; default: the model's crop. Its position table is baked in.
-        dynamic: take any height and width instead; the table is resized in the graph.
-        batch: images at once; None takes any number.
-        precision: "fp32", "fp16" or "int8".
-        outputs: of "cls", "patches", "mean", "registers".
-        layers: each vector is that of the last `layers` blocks, concatenated.
-        uint8_input: take pixels 0–255 and normalise them in the graph.
+        info: what the file is to be; default: `describe_export` with the settings.
         images: (C, H, W) pixels 0–255 to calibrate int8 and to verify on; default: two carried photographs.
         sizes: of a dynamic file, to verify at.
         limits: default: those of the precision (`opendino.export.verify.LIMITS`).
-        licence: of the weights, kept in the file.
         allow: keep a file that fails by its numbers; the report says so.
         on_case: told how many batches of the verification are done, of how many.
+        settings: of `describe_export`.
 
     Returns:
         The verification's report.
@@ -70,7 +60,7 @@ def export_backbone(
         WeightsError: when the file fails its verification; then there is no file.
     """
     target = Path(target).expanduser()
-    info = _described(model, size, dynamic, batch, precision, outputs, layers, uint8_input, licence)
+    info = info or describe_export(model, **settings)
     if target.suffix not in SUFFIXES:
         raise ConfigError(f"{target} ends in {target.suffix!r}; give a name that ends in .onnx or .xml.")
     if target.exists():
@@ -97,7 +87,7 @@ def _write(model: VisionTransformer, info: ExportInfo, path: Path, images: Seque
     if path.suffix == ".onnx":
         write_onnx(model, info, path, input_ranges(model, prepared))
     else:
-        write_openvino(model, info, path, [b.numpy() for b in (batches if info.uint8_input else prepared)])
+        write_openvino(model, info, path, input_ranges(model, prepared))
 
 
 def _calibration(info: ExportInfo, images: Sequence[Tensor]) -> list[Tensor]:
@@ -109,10 +99,34 @@ def _calibration(info: ExportInfo, images: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _described(
-    model: VisionTransformer, size: int | tuple[int, int] | None, dynamic: bool, batch: int | None,
-    precision: ExportPrecision, outputs: Sequence[str] | str, layers: int, uint8_input: bool, licence: str,
-) -> ExportInfo:  # fmt: skip
+def describe_export(
+    model: VisionTransformer,
+    *,
+    size: int | tuple[int, int] | None = None,
+    dynamic: bool = False,
+    batch: int | None = None,
+    precision: ExportPrecision = "fp32",
+    outputs: Sequence[str] | str = ("cls", "patches"),
+    layers: int = 1,
+    uint8_input: bool = False,
+    licence: str = "not stated",
+) -> ExportInfo:
+    """Give the description of a file that is to be exported.
+
+    Args:
+        model: the backbone, fp32.
+        size: side or (height, width), pixels; default: the model's crop. Its position table is baked in.
+        dynamic: take any height and width instead; the table is resized in the graph.
+        batch: images at once; None takes any number.
+        precision: "fp32", "fp16" or "int8".
+        outputs: of "cls", "patches", "mean", "registers".
+        layers: each vector is that of the last `layers` blocks, concatenated.
+        uint8_input: take pixels 0–255 and normalise them in the graph.
+        licence: of the weights, kept in the file.
+
+    Raises:
+        ConfigError: for settings that cannot be.
+    """
     c, side = model.config, model.preprocess.crop if size is None else size
     if dynamic and size is not None:
         raise ConfigError("Both a size and dynamic were given. A dynamic file takes any size: leave one of them out.")
@@ -122,6 +136,8 @@ def _described(
         raise ConfigError(f"batch is {batch}; give at least 1, or dynamic.")
     if not 1 <= layers <= c.depth:
         raise ConfigError(f"layers is {layers}; the model has {c.depth} blocks: give 1 to that many.")
+    if model.cls_token.dtype != torch.float32:
+        raise ConfigError(f"The model's weights are {model.cls_token.dtype}; export it from fp32 weights.")
     sides = (side, side) if isinstance(side, int) else side
     if min(sides) < c.patch_size:
         raise ConfigError(f"The size {sides[0]}x{sides[1]} is below one patch of {c.patch_size} pixels.")

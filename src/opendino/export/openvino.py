@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
-
+from opendino.export.calibrate import Range
 from opendino.export.content import bin_sha256
 from opendino.export.extras import require
 from opendino.export.metadata import ExportInfo
@@ -21,39 +19,28 @@ UNKNOWN = "0" * 64
 
 
 def write_openvino(
-    model: VisionTransformer, info: ExportInfo, path: Path, calibration: Sequence[npt.NDArray[Any]] = ()
+    model: VisionTransformer, info: ExportInfo, path: Path, ranges: Mapping[str, Range] | None = None
 ) -> None:
     """Write the files, without verifying them.
 
-    The ONNX graph is written aside and read by OpenVINO's own reader. fp16 compresses the weights; int8 quantises
-    weights and activations with NNCF's recipe for transformers, which moves the range of outlier channels into the
-    weights.
+    The ONNX graph is written aside and read by OpenVINO's own reader. fp16 compresses the weights; int8 is quantised
+    in the graph (`opendino.export.linear`), which is closer to the model than NNCF's recipe for transformers was.
 
     Args:
         model: the backbone.
         info: what the file is to be; it is kept in the file.
         path: .xml to write.
-        calibration: for int8, inputs as the file takes them.
+        ranges: for int8, of each linear layer's inputs.
     """
     ov = require("openvino", "Exporting to OpenVINO")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source = Path(folder) / "model.onnx"
-        write_onnx(model, info.model_copy(update={"precision": "fp32"}), source)
+        graph = "int8" if info.precision == "int8" else "fp32"
+        write_onnx(model, info.model_copy(update={"precision": graph}), source, ranges)
         converted = ov.Core().read_model(str(source))
-        if info.precision == "int8":
-            converted = _quantised(converted, calibration)
         for key, value in info.model_copy(update={"content_sha256": UNKNOWN}).to_strings().items():
             converted.set_rt_info(value, key.split("."))
         ov.save_model(converted, str(path), compress_to_fp16=info.precision == "fp16")
         del converted  # it may map the file aside
     digest = bin_sha256(path)
     path.write_text(path.read_text(encoding="utf-8").replace(UNKNOWN, digest), encoding="utf-8")
-
-
-def _quantised(model: Any, calibration: Sequence[npt.NDArray[Any]]) -> Any:
-    nncf = require("nncf", "Exporting int8 to OpenVINO")
-    nncf.set_log_level(40)
-    return nncf.quantize(
-        model, nncf.Dataset([{"images": batch} for batch in calibration]), model_type=nncf.ModelType.TRANSFORMER,
-        preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration),
-    )  # fmt: skip
