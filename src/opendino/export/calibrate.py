@@ -40,7 +40,7 @@ def input_ranges(model: VisionTransformer, batches: Sequence[Tensor]) -> dict[st
         batches: (B, C, H, W) each, normalised.
     """
     ranges: dict[str, Range] = {}
-    hooks = []
+    hooks, was_training = [], model.training
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             zero = np.zeros(module.in_features, np.float32)
@@ -53,6 +53,7 @@ def input_ranges(model: VisionTransformer, batches: Sequence[Tensor]) -> dict[st
     finally:
         for hook in hooks:
             hook.remove()
+        model.train(was_training)
     return ranges
 
 

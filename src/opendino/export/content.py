@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from opendino.export.builder import content_sha256
 from opendino.export.extras import require
@@ -19,8 +23,18 @@ def changed(path: Path, info: ExportInfo) -> bool:
 def constants_sha256(path: Path) -> str:
     """Give the hash over the constants of an .onnx file, those in its .data included."""
     onnx = require("onnx", "Checking the content of an ONNX file")
-    model = onnx.load(str(path))
-    return content_sha256({t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer})
+    model = onnx.load(str(path), load_external_data=False)
+    return content_sha256({t.name: _array(onnx, t, path) for t in model.graph.initializer})
+
+
+def _array(onnx: Any, tensor: Any, path: Path) -> npt.NDArray[Any]:
+    """One constant, in memory or mapped from the file beside."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return np.asarray(onnx.numpy_helper.to_array(tensor))
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    file = path.with_name(Path(where["location"]).name)
+    return np.memmap(file, dtype=kind, mode="r", offset=int(where["offset"]), shape=tuple(tensor.dims))
 
 
 def bin_sha256(path: Path) -> str:

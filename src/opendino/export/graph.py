@@ -166,9 +166,7 @@ class BackboneGraph:
         if gamma not in self.w:
             return self.linear(name, x, weight, bias)
         scale = self.w[gamma]
-        if self.linear.holds_small_weights:
-            return self.linear(name, x, weight * scale[:, None], bias * scale)
-        return self.g.op("Mul", self.linear(name, x, weight, bias), self.g.const(scale, gamma))
+        return self.linear(name, x, weight * scale[:, None], bias * scale)
 
     # --- results ---------------------------------------------------------------------------------------------------
 

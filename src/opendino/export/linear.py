@@ -32,11 +32,6 @@ class LinearWriter:
     def __init__(self, g: GraphBuilder, precision: ExportPrecision, ranges: Mapping[str, Range]) -> None:
         self.g, self.precision, self.ranges = g, precision, ranges
 
-    @property
-    def holds_small_weights(self) -> bool:
-        """Whether γ·W can be kept with γ of a fresh LayerScale; fp16 has no room below 6e-8."""
-        return self.precision != "fp16"
-
     def __call__(self, name: str, x: str, weight: Floats, bias: Floats | None) -> str:
         """Add the nodes of one layer: x (…, in), weight (out, in), bias (out,)."""
         if self.precision == "int8":

@@ -210,16 +210,20 @@ def reference(model: VisionTransformer, images: Tensor, layers: int = 1) -> dict
     """Give every output that a file may have, by the torch model in its own precision.
 
     Args:
-        model: the backbone; put in eval mode.
+        model: the backbone.
         images: (B, C, H, W), normalised.
         layers: concatenate the vectors of the last so many blocks.
     """
+    outputs, regs, was_training = [], model.config.num_register_tokens, model.training
     model.eval()
-    tokens, outputs, regs = model.prepare_tokens(images), [], model.config.num_register_tokens
-    for number, block in enumerate(model.blocks):
-        tokens = block(tokens)
-        if number >= model.n_blocks - layers:
-            outputs.append(model.norm(tokens))
+    try:
+        tokens = model.prepare_tokens(images)
+        for number, block in enumerate(model.blocks):
+            tokens = block(tokens)
+            if number >= model.n_blocks - layers:
+                outputs.append(model.norm(tokens))
+    finally:
+        model.train(was_training)
     final = torch.cat(outputs, dim=-1).float()
     patches = final[:, 1 + regs :]
     found = {"cls": final[:, 0], "registers": final[:, 1 : 1 + regs], "patches": patches, "mean": patches.mean(1)}
