@@ -25,6 +25,7 @@ from opendino.embed.runtimes.base import Runtime
 from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.embed.runtimes.pytorch import resolve_precision as resolve_precision
 from opendino.errors import ConfigError, DataError, MissingExtraError
+from opendino.export.session import is_exported
 from opendino.images.ahead import map_ahead
 from opendino.images.arrays import read_image
 from opendino.images.preprocess import Preprocess, crop_box, to_tensor
@@ -257,7 +258,7 @@ def _as_runtime(
 ) -> Runtime:  # fmt: skip
     if runtime not in get_args(RuntimeName):
         raise ConfigError(f"runtime is {runtime!r}; it must be one of {', '.join(get_args(RuntimeName))}.")
-    if not isinstance(model, VisionTransformer) and Path(model).suffix in (".onnx", ".xml"):
+    if not isinstance(model, VisionTransformer) and is_exported(model):
         from opendino.embed.runtimes.exported import ExportedRuntime
 
         if weights is not None or _as_device(device) not in (None, torch.device("cpu")):
