@@ -306,6 +306,9 @@ def test_a_target_that_exists_or_has_another_ending_is_refused(tmp_path):
     (tmp_path / "x.onnx").write_text("mine")
     with pytest.raises(ConfigError, match="exists already"):
         export_backbone(small(), tmp_path / "x.onnx")
+    (tmp_path / "z.bin").write_text("mine")
+    with pytest.raises(ConfigError, match=r"z\.bin exists already"):
+        export_backbone(small(), tmp_path / "z.xml")
     with pytest.raises(ConfigError, match="ends in"):
         export_backbone(small(), tmp_path / "x.pt")
     with pytest.raises(ConfigError, match="fp32 weights"):

@@ -164,8 +164,9 @@ def _licence(name: str, weights: str | None) -> str:
 
 def _bytes(path: Path) -> int:
     """Size of a file and of what belongs to it."""
-    parts = (path, path.with_name(path.name + ".data"), path.with_suffix(".bin"))
-    return sum(p.stat().st_size for p in parts if p.is_file())
+    from opendino.export.session import beside
+
+    return sum(p.stat().st_size for p in (path, beside(path)) if p.is_file())
 
 
 @contextmanager

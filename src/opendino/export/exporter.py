@@ -18,7 +18,7 @@ from opendino.export.images import batch_of, photographs
 from opendino.export.metadata import PRECISIONS, ExportInfo, ExportPrecision, checked_outputs
 from opendino.export.onnx import write_onnx
 from opendino.export.openvino import write_openvino
-from opendino.export.session import SUFFIXES
+from opendino.export.session import SUFFIXES, beside
 from opendino.export.verify import Limits, OnCase, Report, check, verify
 from opendino.images.preprocess import Preprocess
 from opendino.models.fingerprint import weights_fingerprint
@@ -63,8 +63,9 @@ def export_backbone(
     info = info or describe_export(model, **settings)
     if target.suffix not in SUFFIXES:
         raise ConfigError(f"{target} ends in {target.suffix!r}; give a name that ends in .onnx or .xml.")
-    if target.exists():
-        raise ConfigError(f"{target} exists already. Give another name, or remove it first.")
+    for file in (target, beside(target)):
+        if file.exists():
+            raise ConfigError(f"{file} exists already. Give another name, or remove it first.")
     aside = target.with_name(f".{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

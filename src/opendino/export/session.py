@@ -39,6 +39,11 @@ def is_exported(path: str | Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
+def beside(path: Path) -> Path:
+    """Give the file that the numbers of an exported file lie in, where they lie apart."""
+    return path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(path.name + ".data")
+
+
 def open_session(path: str | Path, *, precision: str | None = None, threads: int | None = None) -> Session:
     """Open an exported file.
 

@@ -173,7 +173,7 @@ class CachedExportRuntime:
         key = hashlib.sha256(json.dumps(info.to_strings(), sort_keys=True).encode()).hexdigest()[:24]
         folder = self.cache / f"{self.name}-{key}"
         if not folder.exists():
-            log.info("Exporting the model to %s for %s; this is done once.", folder, self.name)
+            log.warning("Exporting the model to %s for %s; this is done once.", folder, self.name)
             self.cache.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=self.cache))
             try:
