@@ -116,6 +116,14 @@ def save_depths(*roots):
                 Image.fromarray((ramp / 25).astype(np.uint8)).save(root / "images" / split / f"{i}.png")
 
 
+def make_export(args, folder):
+    """Give `export verify` a file."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("openvino")
+    if args[1] == "verify" and not (folder / args[2]).exists():
+        assert main(["export", "onnx", "--model", str(folder / "run"), "--out", str(folder / args[2])]) == 0
+
+
 @pytest.mark.parametrize("words", commands())
 def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
@@ -131,8 +139,11 @@ def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     if args[0] == "pretrain" and "--out" in args:
         args[args.index("--out") + 1] = str(tmp_path / "run")
     elif "--out" in args:
-        args[args.index("--out") + 1] = str(tmp_path / "out")
+        place = args.index("--out") + 1
+        args[place] = str(tmp_path / f"out{Path(args[place]).suffix}")
     assert args[0] in COMMANDS
+    if args[0] == "export":
+        make_export(args, folder)
     if args[0] == "demo":
         pytest.skip("make demo takes minutes; tests/integration and CI's users run it")
     assert main(args) == 0

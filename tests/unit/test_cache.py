@@ -35,8 +35,8 @@ def photos(tmp_path):
 def counting(emb):
     """Count the images that reach the model."""
     seen = []
-    inner = emb._tokens
-    emb._tokens = lambda images: seen.append(len(images)) or inner(images)
+    inner = emb._vectors
+    emb._vectors = lambda images, what: seen.append(len(images)) or inner(images, what)
     return seen
 
 

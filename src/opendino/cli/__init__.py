@@ -12,6 +12,7 @@ from opendino._version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("models", "list the named architectures and where their weights are"),
     "convert": ("convert", "rewrite a weight file for the original, transformers or timm"),
+    "export": ("export", "write a backbone for ONNX Runtime or OpenVINO, proven against the torch model"),
     "embed": ("embed", "turn images into feature vectors on disk"),
     "eval": ("evaluate", "score frozen features as the paper does"),
     "data": ("data", "say which data set lies at a path and whether it can be used"),

@@ -19,7 +19,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from opendino.embed.embedder import Embedder
-from opendino.embed.resume import weights_fingerprint
 from opendino.errors import MissingExtraError, OpendinoError
 from opendino.images.ahead import map_ahead
 from opendino.images.arrays import read_image
@@ -79,7 +78,7 @@ class AugmentedFeatures:
 
     def at(self, step: int, samples: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
         """Give cls (b, L, D), mean (b, D) and labels (b,) of new crops of the samples that can be read."""
-        model, dim = self.embedder.model, self.embedder.model.config.embed_dim
+        dim = self.embedder.config.embed_dim
         wanted = ((step, int(s)) for s in samples)
         kept, crops, tokens = [], [], []
         for sample, (pixels, why) in zip(samples, map_ahead(self._crop, wanted, self.embedder.workers,
@@ -95,7 +94,7 @@ class AugmentedFeatures:
         if crops:
             tokens.append(self.embedder.pooled(torch.stack(crops)))
         if not tokens:
-            empty = model.cls_token.new_zeros(0, dim)
+            empty = torch.zeros(0, dim, device=self.embedder.device)
             return empty.view(0, 1, dim).expand(0, self.embedder.layers, dim), empty, self.labels[:0]
         rows = torch.cat(tokens).unflatten(1, (-1, dim))  # (b, L + 1, D)
         return rows[:, :-1], rows[:, -1], self.labels[torch.tensor(kept)]
@@ -105,14 +104,14 @@ class AugmentedFeatures:
         digest = hashlib.sha256(self.source.names_hash().encode())
         digest.update(np.ascontiguousarray(self.labels.numpy()).tobytes())
         settings = [self.seed, self.embedder.input_shape, self.embedder.precision, self.embedder.layers]
-        digest.update(f"{weights_fingerprint(self.embedder.model)} {settings}".encode())
+        digest.update(f"{self.embedder.runtime.weights_sha256()} {settings}".encode())
         return digest.hexdigest()
 
     def _crop(self, wanted: tuple[int, int]) -> _Sample:
         step, sample = wanted
         try:
             found = self.source.read(sample)
-            image = read_image(found, channels=self.embedder.model.config.in_chans, name=self.source.name(sample))
+            image = read_image(found, channels=self.embedder.config.in_chans, name=self.source.name(sample))
         except MissingExtraError:
             raise
         except (OpendinoError, OSError) as error:
@@ -120,4 +119,4 @@ class AugmentedFeatures:
         box = random_box(image.shape[-2], image.shape[-1], np.random.default_rng([self.seed, step, sample]))
         size = [self.embedder.preprocess.height, self.embedder.preprocess.width]
         crop = tv.resized_crop(image, *box[:4], size=size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        return self.embedder.preprocess.normalise(tv.horizontal_flip(crop) if box.flip else crop), None
+        return self.embedder.prepared(tv.horizontal_flip(crop) if box.flip else crop), None

@@ -127,7 +127,7 @@ def pooled_features(
         cls (n, L, D), the last L = embedder.layers blocks in order; mean (n, D) of the last block's patches; and per
         image None or why it cannot be read. Rows of unreadable images are NaN.
     """
-    dim, layers = embedder.model.config.embed_dim, embedder.layers
+    dim, layers = embedder.config.embed_dim, embedder.layers
     rows, errors = pooled_rows(embedder, list(source.images()), root, on_images)
     return rows[:, : layers * dim].reshape(len(rows), layers, dim), rows[:, layers * dim :], errors
 
@@ -136,7 +136,7 @@ def pooled_rows(
     embedder: Embedder, items: Sequence[SourceImage], root: str | Path | None, on_images: OnImages | None = None
 ) -> tuple[npt.NDArray[np.float32], list[str | None]]:
     """Give what `pooled_features` gives, as rows (n, (L + 1)·D): the cls tokens, then the mean of the patches."""
-    dim = embedder.model.config.embed_dim
+    dim = embedder.config.embed_dim
 
     def to_rows(batch: Features) -> npt.NDArray[np.float32]:
         assert batch.cls is not None

@@ -10,35 +10,36 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from opendino.embed.runtimes.base import Precision as Precision
+from opendino.embed.runtimes.base import Runtime
+from opendino.embed.runtimes.pytorch import TorchRuntime
+from opendino.embed.runtimes.pytorch import resolve_precision as resolve_precision
 from opendino.errors import ConfigError, DataError, MissingExtraError
+from opendino.export.session import is_exported
 from opendino.images.ahead import map_ahead
 from opendino.images.arrays import read_image
-from opendino.images.preprocess import Preprocess, crop_box
+from opendino.images.preprocess import Preprocess, crop_box, to_tensor
 from opendino.images.sources import ImageSource, SourceImage, open_source
 from opendino.models.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
 
 What = Literal["cls", "mean", "patches"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+RuntimeName = Literal["torch", "onnx", "openvino"]
 Fit = Literal["crop", "resize", "pad"]
 Array = npt.NDArray[np.float32]
 ImageInput = Any
 """A path, a PIL image, or a uint8 array (H, W, C)."""
-
-_Computed = Literal["fp32", "bf16", "fp16"]
-_DTYPES: dict[_Computed, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,26 @@ class Embedder:
     """Turns images into vectors with a frozen backbone.
 
     Args:
-        model: a VisionTransformer, or whatever `opendino.load` takes.
-        precision: "auto" is fp32 on a CPU, and on CUDA bf16 where the card has it, fp16 elsewhere.
+        model: a VisionTransformer, whatever `opendino.load` takes, or a file that `opendino export` wrote (.onnx or
+            .xml).
+        precision: "auto" is fp32 on a CPU, and on CUDA bf16 where the card has it, fp16 elsewhere; an exported file has
+            its own.
+        runtime: "torch"; or "onnx" or "openvino", which export the model to a cache once, verify it, and run it on the
+            CPU.
         batch_size: images in one forward pass.
         device: default: where a given model lies; for a model loaded here CUDA if there is one, else the CPU.
-        size: image side in pixels, or (height, width); default: the crop that travels with the model.
+        size: image side in pixels, or (height, width); default: the crop that travels with the model, or the size of an
+            exported file that takes one only.
         fit: how an image is brought to that size (`opendino.images.preprocess`).
         layers: each vector is that of the last `layers` blocks, concatenated in the order of the blocks, each after the
             final LayerNorm; the last D values are the last block's.
-        what: which vectors to give; registers are always given.
+        what: which vectors to give, default all; registers are always given.
         workers: threads that read and preprocess ahead of the forward pass; 0 reads in the calling thread.
         weights: passed to `opendino.load` when `model` is not a VisionTransformer.
+
+    Attributes:
+        runtime: what computes the vectors (`opendino.embed.runtimes.base.Runtime`).
+        config: shape of the backbone.
 
     Raises:
         ConfigError: for a setting out of range.
@@ -107,31 +117,46 @@ class Embedder:
         model: VisionTransformer | str | Path,
         *,
         precision: Precision = "auto",
+        runtime: RuntimeName = "torch",
         batch_size: int = 32,
         device: str | torch.device | None = None,
         size: int | tuple[int, int] | None = None,
         fit: Fit = "crop",
         layers: int = 1,
-        what: Sequence[str] = ("cls", "mean", "patches"),
+        what: Sequence[str] | None = None,
         workers: int | None = None,
         weights: str | Path | None = None,
     ) -> None:
-        self.model = _as_model(model, device, weights)
-        self.device = self.model.cls_token.device
-        self.precision = resolve_precision(precision, self.device, self.model.cls_token.dtype)
-        self.batch_size, self.layers, self.what = batch_size, layers, _checked_what(what)
+        self.runtime = _as_runtime(model, runtime, precision, device, weights)
+        self.device, self.precision, self.config = self.runtime.device, self.runtime.precision, self.runtime.config
+        self.batch_size, self.layers, self.what = batch_size, layers, _checked_what(what, self.runtime)
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.")
-        if not 1 <= layers <= self.model.config.depth:
-            raise ConfigError(
-                f"layers is {layers}; the model has {self.model.config.depth} blocks: give 1 to that many."
-            )
+        if not 1 <= layers <= self.config.depth:
+            raise ConfigError(f"layers is {layers}; the model has {self.config.depth} blocks: give 1 to that many.")
         self.workers = min(os.cpu_count() or 1, 8) if workers is None else workers
-        self.preprocess = Preprocess(self.model.preprocess, size=size, fit=fit, patch_size=self.model.config.patch_size)
+        size = _checked_size(size, self.runtime)
+        self.preprocess = Preprocess(self.runtime.spec, size=size, fit=fit, patch_size=self.config.patch_size)
         self.size, self.fit = size, fit
-        blank = torch.zeros(self.model.config.in_chans, 64, 64, dtype=torch.uint8)
-        self.input_shape = tuple(self.preprocess(blank).shape)  # (C, H, W)
-        self.grid = self.model.grid_of(torch.empty(1, *self.input_shape))
+        height, width, patch = self.preprocess.height, self.preprocess.width, self.config.patch_size
+        self.input_shape = (self.config.in_chans, height, width)
+        self.grid = (height // patch, width // patch)
+
+    @property
+    def model(self) -> VisionTransformer:
+        """The backbone.
+
+        Raises:
+            ConfigError: when an exported file is run, which has no model.
+        """
+        model = getattr(self.runtime, "model", None)
+        if model is None:
+            raise ConfigError(
+                "This needs the model itself, and the Embedder runs an exported file, which gives vectors only. Give "
+                "the weights that it was exported from."
+            )
+        assert isinstance(model, VisionTransformer)
+        return model
 
     def __call__(self, inputs: Sequence[ImageInput]) -> Features:
         """Embed a list of images and keep all vectors in memory; see `stream` for more than fit.
@@ -169,19 +194,26 @@ class Embedder:
 
     def _read(self, item: ImageInput) -> _Read:
         if not isinstance(item, str | Path | SourceImage):
-            return _Read("", self._checked(self.preprocess(item)))
+            pixels = to_tensor(item, self.config.in_chans)
+            return _Read("", self._checked(self.prepared(self.preprocess.fitted(pixels))))
         path, sha256 = item.path if isinstance(item, SourceImage) else str(item), None
         try:
             data = item.data() if isinstance(item, SourceImage) else Path(path).read_bytes()
             sha256 = hashlib.sha256(data).hexdigest()
-            pixels = read_image(data, channels=self.model.config.in_chans, name=path)
+            pixels = read_image(data, channels=self.config.in_chans, name=path)
             if isinstance(item, SourceImage) and item.box is not None:
                 pixels = crop_box(pixels, item.box, path)
-            return _Read(path, self._checked(self.preprocess.of_file(pixels)), sha256)
+            return _Read(path, self._checked(self.prepared(self.preprocess.fitted(pixels))), sha256)
         except MissingExtraError:
             raise
         except (DataError, OSError) as error:
             return _Read(path, None, sha256, str(error) or type(error).__name__)
+
+    def prepared(self, fitted: Tensor) -> Tensor:
+        """Give what the runtime takes from pixels 0–255 (C, H, W) that have their size: floats, or uint8 again."""
+        if self.runtime.takes_pixels:
+            return fitted if fitted.dtype == torch.uint8 else fitted.clamp(0, 255).round().to(torch.uint8)
+        return self.preprocess.normalise(fitted)
 
     def _checked(self, pixels: Tensor) -> Tensor:
         if tuple(pixels.shape) != self.input_shape:
@@ -194,75 +226,63 @@ class Embedder:
     def _pack(self, batch: list[_Read]) -> Features:
         """Run the model on the readable images of a batch and put NaN where there is none."""
         good = [i for i, r in enumerate(batch) if r.pixels is not None]
-        config = self.model.config
-        width, regs = self.layers * config.embed_dim, config.num_register_tokens
-        names = {"cls": (width,), "mean": (width,), "patches": (self.grid[0] * self.grid[1], width)}
-        shapes = {k: s for k, s in names.items() if k in self.what} | {"registers": (regs, width)}
-        arrays = {k: np.full((len(batch), *s), np.nan, dtype=np.float32) for k, s in shapes.items()}
+        names = (*self.what, *(["registers"] if "registers" in self.runtime.gives else []))
+        width, regs = self.layers * self.config.embed_dim, self.config.num_register_tokens * ("registers" in names)
+        parts = {"cls": (), "mean": (), "patches": (self.grid[0] * self.grid[1],), "registers": (regs,)}
+        arrays = {
+            name: np.full((len(batch), *shape, width), np.nan, dtype=np.float32)
+            for name, shape in parts.items()
+            if name in names or name == "registers"
+        }
         if good:
-            tokens = self._tokens(torch.stack([r.pixels for r in batch if r.pixels is not None]))  # (g, N, L·D)
-            patches = tokens[:, 1 + regs :]
-            values = {"cls": tokens[:, 0], "registers": tokens[:, 1 : 1 + regs], "patches": patches}
-            values["mean"] = patches.mean(1)
-            for name, array in arrays.items():
-                array[good] = values[name].cpu().numpy()
+            images = torch.stack([r.pixels for r in batch if r.pixels is not None])
+            for name, vectors in self._vectors(images, names).items():
+                arrays[name][good] = vectors.cpu().numpy()
         return Features(
             arrays.get("cls"), arrays.get("mean"), arrays.get("patches"), arrays["registers"], self.grid,
             [r.path for r in batch], [r.sha256 for r in batch], [r.error for r in batch],
         )  # fmt: skip
 
     def pooled(self, images: Tensor) -> Tensor:
-        """Embed preprocessed images as (B, (L + 1)·D): cls tokens of L blocks, then the last mean patch token."""
-        tokens, regs, dim = self._tokens(images), self.model.config.num_register_tokens, self.model.config.embed_dim
-        return torch.cat([tokens[:, 0], tokens[:, 1 + regs :, -dim:].mean(1)], 1)
+        """Embed prepared images as (B, (L + 1)·D): cls tokens of L blocks, then the last mean patch token."""
+        found = self._vectors(images, ("cls", "mean"))
+        return torch.cat([found["cls"], found["mean"][:, -self.config.embed_dim :]], 1)
 
-    @torch.inference_mode()
-    def _tokens(self, images: Tensor) -> Tensor:
-        """Give the normalised tokens of the last `layers` blocks, (B, 1 + R + P, L·D) fp32."""
-        model, outputs, was_training = self.model, [], self.model.training
-        model.eval()
-        try:
-            with self._autocast():
-                tokens = model.prepare_tokens(images.to(self.device, model.cls_token.dtype))
-                for i, block in enumerate(model.blocks):
-                    tokens = block(tokens)
-                    if i >= model.n_blocks - self.layers:
-                        outputs.append(model.norm(tokens).float())
-        finally:
-            model.train(was_training)
-        return torch.cat(outputs, dim=-1)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = _DTYPES[self.precision]
-        if dtype == self.model.cls_token.dtype:
-            return nullcontext()
-        # Autocast leaves the caller's weights as they are, so an Embedder on a model in training stays up to date.
-        return torch.autocast(self.device.type, dtype=dtype)
+    def _vectors(self, images: Tensor, what: Sequence[str]) -> dict[str, Tensor]:
+        return self.runtime.vectors(images, self.layers, what)
 
 
-def resolve_precision(precision: str, device: torch.device, model_dtype: torch.dtype = torch.float32) -> _Computed:
-    """Give the precision to compute in.
+def _as_runtime(
+    model: VisionTransformer | str | Path, runtime: str, precision: str, device: str | torch.device | None,
+    weights: str | Path | None,
+) -> Runtime:  # fmt: skip
+    if runtime not in get_args(RuntimeName):
+        raise ConfigError(f"runtime is {runtime!r}; it must be one of {', '.join(get_args(RuntimeName))}.")
+    if not isinstance(model, VisionTransformer) and is_exported(model):
+        from opendino.embed.runtimes.exported import ExportedRuntime
 
-    "auto" is the model's own when it was cast to bf16 or fp16; else fp32 on a CPU, and on CUDA bf16 or fp16. A named
-    one is checked and given back.
+        if weights is not None or _as_device(device) not in (None, torch.device("cpu")):
+            raise ConfigError(f"{model} is an exported file: it has its weights in it and runs on the CPU.")
+        return ExportedRuntime(model, precision)
+    if runtime == "torch":
+        return TorchRuntime(_as_model(model, device, weights), precision)
+    from opendino.embed.runtimes.exported import CachedExportRuntime
 
-    Raises:
-        ConfigError: for an unknown name, or another one than a cast model has.
-    """
-    if precision not in get_args(Precision):
-        raise ConfigError(f"precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}.")
-    own: _Computed = next((n for n, d in _DTYPES.items() if d == model_dtype), "fp32")
-    if own != "fp32":
-        if precision not in ("auto", own):
-            raise ConfigError(
-                f"precision is {precision!r}, but the model's weights are {own}. Give {own}, or fp32 weights."
-            )
-        return own
-    if precision != "auto":
-        return cast(_Computed, precision)
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    where = "cpu" if device is None and not isinstance(model, VisionTransformer) else device
+    return CachedExportRuntime(_as_model(model, where, weights), "onnx" if runtime == "onnx" else "openvino", precision)
+
+
+def _checked_size(size: int | tuple[int, int] | None, runtime: Runtime) -> int | tuple[int, int] | None:
+    """Give the size to use; a file for one size has no other."""
+    own = runtime.size
+    if own is None:
+        return size
+    if size is not None and ((size, size) if isinstance(size, int) else tuple(size)) != own:
+        raise ConfigError(
+            f"size is {size}, but the exported file takes {own[0]}x{own[1]} only. Leave it out, or export with "
+            "--dynamic."
+        )
+    return own
 
 
 def _as_model(
@@ -287,10 +307,17 @@ def _as_device(device: str | torch.device | None) -> torch.device | None:
         raise ConfigError(f"device is {str(device)!r}, which cannot be used here: {reason} Give cpu.") from error
 
 
-def _checked_what(what: Sequence[str]) -> tuple[str, ...]:
+def _checked_what(what: Sequence[str] | None, runtime: Runtime) -> tuple[str, ...]:
+    if what is None:
+        return tuple(n for n in get_args(What) if n in runtime.gives)
     names = tuple(what.split(",")) if isinstance(what, str) else tuple(what)
     if not names or set(names) - set(get_args(What)):
         raise ConfigError(f"what is {names}; give one or more of {', '.join(get_args(What))}.")
+    if set(names) - set(runtime.gives):
+        raise ConfigError(
+            f"what is {', '.join(names)}, but the exported file gives {', '.join(runtime.gives)}. Export it again with "
+            "--outputs of what you need."
+        )
     return tuple(n for n in get_args(What) if n in names)
 
 

@@ -7,7 +7,6 @@ vectors are, so that a folder is never continued with another model or other set
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 
 from opendino._version import __version__
 from opendino.embed.embedder import Embedder
 from opendino.errors import ConfigError, DataError
+from opendino.models.fingerprint import weights_fingerprint as weights_fingerprint
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -54,35 +53,25 @@ class Progress:
         return missing
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Give the sha256 over the names, shapes, dtypes and bytes of every tensor of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
 def describe(embedder: Embedder, model_name: str, source: str) -> dict[str, Any]:
     """Give the manifest's fixed part: all that decides what a row holds."""
-    model = embedder.model
+    config, runtime = embedder.config, embedder.runtime
     return {
         "format": FORMAT,
         "model": model_name,
-        "weights_sha256": weights_fingerprint(model),
-        "config": model.config.model_dump(mode="json"),
-        "preprocess": model.preprocess.model_dump(mode="json"),
+        "weights_sha256": runtime.weights_sha256(),
+        "config": config.model_dump(mode="json"),
+        "preprocess": runtime.spec.model_dump(mode="json"),
         "input_shape": list(embedder.input_shape),
         "size": list(embedder.size) if isinstance(embedder.size, tuple) else embedder.size,
         "fit": embedder.fit,
         "precision": embedder.precision,
         "what": list(embedder.what),
         "layers": embedder.layers,
-        "dim": embedder.layers * model.config.embed_dim,
+        "dim": embedder.layers * config.embed_dim,
         "grid": list(embedder.grid),
         "input": source,
-    }
+    } | runtime.identity()
 
 
 # The model's name may change (a file moved); its weights may not. An int and a pair that give the same shape are equal.

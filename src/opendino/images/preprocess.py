@@ -67,7 +67,11 @@ class Preprocess:
 
     def of_file(self, pixels: Tensor) -> Tensor:
         """Give float32 (C, height, width) from what `read_image` gives: (C, H, W), uint8 or float32, 0–255."""
-        return self.normalise({"crop": self._crop, "resize": self._resize, "pad": self._pad}[self.fit](pixels))
+        return self.normalise(self.fitted(pixels))
+
+    def fitted(self, pixels: Tensor) -> Tensor:
+        """Give (C, height, width) in the dtype of what `read_image` gives, not yet normalised."""
+        return {"crop": self._crop, "resize": self._resize, "pad": self._pad}[self.fit](pixels)
 
     def normalise(self, fitted: Tensor) -> Tensor:
         """Give float32 from pixels 0–255 that have their size, by the spec's mean and std."""

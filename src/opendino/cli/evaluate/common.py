@@ -98,7 +98,7 @@ def pooled_embedder(args: BackboneArgs) -> Embedder:
         args.model, args.weights, size=args.size, fit=args.fit, batch_size=args.batch, workers=args.workers,
         precision=args.precision, device=args.device, what=("cls", "mean"),
     )  # fmt: skip
-    embedder.layers = min(POOLED_BLOCKS, embedder.model.config.depth)
+    embedder.layers = min(POOLED_BLOCKS, embedder.config.depth)
     return embedder
 
 

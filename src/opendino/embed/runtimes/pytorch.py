@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backbone as it is, run by PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from opendino.embed.runtimes.base import Precision, split_tokens
+from opendino.errors import ConfigError
+from opendino.models.fingerprint import weights_fingerprint
+from opendino.models.vit import VisionTransformer
+
+_Computed = Literal["fp32", "bf16", "fp16"]
+_DTYPES: dict[_Computed, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchRuntime:
+    """Runs a model where it lies; a model in training stays in training and up to date.
+
+    Args:
+        model: the backbone.
+        precision: see `resolve_precision`.
+    """
+
+    name: str = "torch"
+    takes_pixels = False
+    gives: tuple[str, ...] = ("cls", "mean", "patches", "registers")
+    size: tuple[int, int] | None = None
+
+    def __init__(self, model: VisionTransformer, precision: str = "auto") -> None:
+        self.model, self.config, self.spec = model, model.config, model.preprocess
+        self.device = model.cls_token.device
+        self.precision: str = resolve_precision(precision, self.device, model.cls_token.dtype)
+
+    def vectors(self, images: Tensor, layers: int, what: Sequence[str]) -> dict[str, Tensor]:
+        """Give the vectors of normalised images (B, C, H, W); see `Runtime`."""
+        return split_tokens(self.tokens(images, layers), self.config.num_register_tokens, what)
+
+    @torch.inference_mode()
+    def tokens(self, images: Tensor, layers: int) -> Tensor:
+        """Give the normalised tokens of the last `layers` blocks, (B, 1 + R + P, L·D) fp32."""
+        model, outputs, was_training = self.model, [], self.model.training
+        model.eval()
+        try:
+            with self._autocast():
+                tokens = model.prepare_tokens(images.to(self.device, model.cls_token.dtype))
+                for i, block in enumerate(model.blocks):
+                    tokens = block(tokens)
+                    if i >= model.n_blocks - layers:
+                        outputs.append(model.norm(tokens).float())
+        finally:
+            model.train(was_training)
+        return torch.cat(outputs, dim=-1)
+
+    def weights_sha256(self) -> str:
+        """Give the fingerprint of the weights as they are now."""
+        return weights_fingerprint(self.model)
+
+    def identity(self) -> dict[str, Any]:
+        """Give nothing: PyTorch's vectors are the ones that others are told from."""
+        return {}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = _DTYPES[cast(_Computed, self.precision)]
+        if dtype == self.model.cls_token.dtype:
+            return nullcontext()
+        # Autocast leaves the caller's weights as they are, so an Embedder on a model in training stays up to date.
+        return torch.autocast(self.device.type, dtype=dtype)
+
+
+def resolve_precision(precision: str, device: torch.device, model_dtype: torch.dtype = torch.float32) -> _Computed:
+    """Give the precision to compute in.
+
+    "auto" is the model's own when it was cast to bf16 or fp16; else fp32 on a CPU, and on CUDA bf16 or fp16. A named
+    one is checked and given back.
+
+    Raises:
+        ConfigError: for an unknown name, or another one than a cast model has.
+    """
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}.")
+    if precision == "int8":
+        raise ConfigError(
+            "precision is 'int8', which PyTorch does not compute in. Export the model with --precision int8 and "
+            "--images of yours (opendino export onnx), and give the file instead of the model."
+        )
+    own: _Computed = next((n for n, d in _DTYPES.items() if d == model_dtype), "fp32")
+    if own != "fp32":
+        if precision not in ("auto", own):
+            raise ConfigError(
+                f"precision is {precision!r}, but the model's weights are {own}. Give {own}, or fp32 weights."
+            )
+        return own
+    if precision != "auto":
+        return cast(_Computed, precision)
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
