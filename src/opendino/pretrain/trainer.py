@@ -32,6 +32,7 @@ from opendino.pretrain.interrupts import StopRequest, TrainingStopped
 from opendino.pretrain.loggers import Logger, open_loggers
 from opendino.pretrain.run_folder import Record, RunFolder
 from opendino.pretrain.schedules import cosine_schedule, linear_warmup, scaled_lr
+from opendino.pretrain.session import describe_session, recorded_session
 from opendino.pretrain.spread import whole_teacher
 from opendino.pretrain.student_teacher import StudentTeacher
 from opendino.pretrain.workers import worker_deaths_explained
@@ -102,7 +103,7 @@ class Trainer:
             TrainingStopped: after SIGINT, SIGTERM or SIGUSR1, when the checkpoint is safe.
         """
         record: Record = {}
-        with self._folder_held(), self._logging(), StopRequest() as stop, worker_deaths_explained():
+        with self._folder_held(), self._session(), self._logging(), StopRequest() as stop, worker_deaths_explained():
             if self.step == 0:
                 self._probe_start()
             batches = self.batches()
@@ -183,6 +184,10 @@ class Trainer:
 
     def _folder_held(self) -> contextlib.AbstractContextManager[None]:
         return self.folder.held() if self.folder else contextlib.nullcontext()
+
+    def _session(self) -> contextlib.AbstractContextManager[None]:
+        run = self.run if self.folder else None
+        return recorded_session(run, lambda: describe_session(self.engine, self.source), lambda: self.step)
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
@@ -299,7 +304,7 @@ class Trainer:
         heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if "head" in k.split(".")[0]}
         if self.folder:
             teacher.preprocess = preprocessing_of(self.config)
-            self.folder.write_weights(teacher, heads)
+            self.folder.write_weights(teacher, heads, self.step)
 
     def _load(self, before: int | None = None) -> bool:
         """Take up the newest checkpoint, of an earlier step than `before`; False when there is none."""
