@@ -323,11 +323,11 @@ def pick(answer: Any, path: str) -> tuple[float | None, str]:
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
     """Print what was expected and what came."""
-    table = Table("entry", "value", "expected", "got", "")
+    table = Table("", "entry", "value", "expected", "got")
     for o in outcomes:
-        got = f"{o.got:.6g}" if o.got is not None else o.why
-        expected = f"{o.check.low:.6g} to {o.check.high:.6g}"
-        table.add_row(o.entry, o.check.get, expected, got, "[green]ok" if o.good else "[red]outside")
+        got = f"{o.got:.10g}" if o.got is not None else o.why
+        expected = f"{o.check.low:.10g} to {o.check.high:.10g}"
+        table.add_row("[green]ok" if o.good else "[red]outside", o.entry, o.check.get, expected, got)
     console.print(table)
 
 
@@ -376,7 +376,7 @@ def main() -> int:
         return bool(wrong)
     kinds = {"cheap", "net"} if args.net else {"cheap"}
     chosen = [e for e in ledger.entries if (e.id in args.only if args.only else e.kind in kinds) and e.check]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     outcomes = measure(chosen, args.work.resolve(), lambda line: Console(stderr=True).print(line, highlight=False))
     show(outcomes, console)
     bad = sum(not o.good for o in outcomes)
