@@ -167,7 +167,33 @@ def test_a_fine_tuned_run(run, root, tmp_path, capsys):
     assert row(text, "hours") == "not recorded"
 
 
+def test_stages_weights_to_start_from_and_a_teacher(run, capsys):
+    """Settings that other versions have: the card reads them, the verdict is left out."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    stages = [
+        {"name": "small", "steps": 4},
+        {"name": "large", "steps": 4, "batch_size": 2, "crops": {"global_size": 70}},
+    ]
+    more = {"steps": 8, "stages": stages, "init": {"weights": "/home/me/dinov2_vits14.pth"}, "later": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump(config | more))
+    facts, text, _ = card(run, capsys)
+    assert facts["training"]["images_seen"] == 4 * 4 + 2 * 2
+    assert "small: steps 1 to 4, batch 4; large: steps 5 to 8, batch 2, crops.global_size 70" in text
+    assert "crops of at most 70 and 28 pixels" in text
+    assert row(text, "started from weights") == "dinov2_vits14.pth"
+    assert "comes from dinov2_vits14.pth and inherits its limits" in text
+    assert "/home/me" not in text
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"teacher": "facebook/dinov2-small"}))
+    _, text, _ = card(run, capsys)
+    assert row(text, "distilled from") == "facebook/dinov2-small"
+    assert "distilled from a frozen teacher" in text
+
+
 # --- hours and energy by hand ---------------------------------------------------------------------------------------
+
+
+def eight(step):
+    return 8
 
 
 def test_hours_by_hand(tmp_path):
@@ -175,19 +201,19 @@ def test_hours_by_hand(tmp_path):
     records = [{"step": s, "images_per_s": 4.0} for s in range(1, 11)]
     gpu = {"event": "start", "device": "cuda", "processes": 3, "machines": 1}
     sessions = [gpu | {"step": 4}, {"event": "end", "step": 7, "wall_s": 9.0}, gpu | {"step": 7}]
-    found = measured_time(tmp_path, records, sessions, 8)
+    found = measured_time(tmp_path, records, sessions, eight)
     assert found["seconds"] == 4 * 2 + 9 + 3 * 2
     assert found["device_seconds"] is None  # how many devices made the first four steps is not known
-    found = measured_time(tmp_path, records[4:], sessions, 8)
+    found = measured_time(tmp_path, records[4:], sessions, eight)
     assert found["device_seconds"] == 3 * (9 + 6)
     cpu = {"event": "start", "device": "cpu", "processes": 4, "machines": 2, "step": 0}
-    found = measured_time(tmp_path, records, [cpu, {"event": "end", "step": 10, "wall_s": 30.0, "cpu_s": 50.0}], 8)
+    found = measured_time(tmp_path, records, [cpu, {"event": "end", "step": 10, "wall_s": 30.0, "cpu_s": 50.0}], eight)
     assert (found["seconds"], found["device_seconds"], found["cpu_seconds"]) == (30, 60, 50)
     (tmp_path / "sessions").mkdir()
     for i in (1, 2):
         (tmp_path / "sessions" / f"{i}.json").write_text(json.dumps({"wall_s": 100.0 * i, "cpu_s": 7.0}))
-    assert measured_time(tmp_path, records, [], 8)["seconds"] == 300
-    assert measured_time(tmp_path / "no", [], [], None) is None
+    assert measured_time(tmp_path, records, [], eight)["seconds"] == 300
+    assert measured_time(tmp_path / "no", [], [], eight) is None
 
 
 def test_energy_by_hand():

@@ -26,8 +26,8 @@ from opendino.report.training import read_records
 Facts = dict[str, Any]
 LAST = 20
 """Steps over which the last losses are averaged."""
-PATHS = ("data", "out", "probe", "init", "teacher")
-"""Settings that are places on somebody's machine; their last part is kept."""
+PLACES = ("data", "out", "probe", "weights", "teacher", "frozen_teacher", "teacher_heads", "cache_teacher")
+"""Settings that may be places on somebody's machine."""
 
 
 def run_facts(run: Path, hashed: bool = True) -> Facts:
@@ -65,10 +65,10 @@ def run_facts(run: Path, hashed: bool = True) -> Facts:
         config, records, sessions = read_yaml(run / "config.yaml"), read_records(run), read_sessions(run)
         training = training_facts(config, records, sessions, facts["model"].pop("step") or newest_checkpoint(run))
         data = data_facts(run, config, sessions)
-    batch = training["settings"].get("batch_size")
+    stages = stages_of(training["settings"])
     return facts | {
         "training": training, "data": data, "sessions": [s for s in sessions if s.get("event") == "start"],
-        "time": measured_time(run, records, sessions, batch if isinstance(batch, int) else None),
+        "time": measured_time(run, records, sessions, lambda step: batch_at(stages, step)),
     }  # fmt: skip
 
 
@@ -161,11 +161,12 @@ def training_facts(
     """Say how a pre-training run went.
 
     Returns:
-        "settings" (paths cut to their last part), "step" of the weights, "steps" planned, "images_seen" up to that
-        step, "precision" it was computed in (None when not recorded), "losses" as medians of the last steps,
-        "probe" with the first and the last score, and counts of skipped steps, rollbacks and unreadable images.
+        "settings" (paths cut to their last part), "stages" if there are several, "step" of the weights, "steps"
+        planned, "images_seen" up to that step, "started_from" and frozen "teacher", names of weights or None,
+        "precision" it was computed in (None when not recorded), "losses" as medians of the last steps, "probe" with the
+        first and the last score, and counts of skipped steps, rollbacks and unreadable images.
     """
-    batch = config.get("batch_size")
+    init = config.get("init")
     last: Mapping[str, Any] = next((r for r in reversed(records) if r["step"] > 0), {})
     used = sorted({s["precision"] for s in sessions if s.get("precision")})
     given = config.get("precision")
@@ -175,7 +176,10 @@ def training_facts(
         "settings": without_paths(config),
         "step": step,
         "steps": config.get("steps"),
-        "images_seen": step * batch if step is not None and isinstance(batch, int) else None,
+        "stages": stages if len(stages := stages_of(without_paths(config))) > 1 else [],
+        "images_seen": images_until(stages, step),
+        "started_from": _name(init.get("weights") if isinstance(init, Mapping) else None, "weights"),
+        "teacher": _name(config.get("teacher"), "teacher"),
         "precision": ", ".join(used) or (given if given != "auto" else None),
         "losses": {k: median(v) for k in ("loss", "dino", "ibot", "koleo") if (v := finite(tail, k))},
         "probe": {"first": probes[0], "last": probes[-1]} if probes else None,
@@ -186,21 +190,57 @@ def training_facts(
     }
 
 
+def _name(value: Any, key: str) -> str | None:
+    return str(_cut(key, value)) if value else None
+
+
 def finite(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Give the finite values of a figure."""
     return [float(r[key]) for r in records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
 
 
 def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Cut places on somebody's machine to their last part; web addresses stay."""
+    """Cut places on somebody's machine to their last part; web addresses and hub names (owner/name) stay."""
+    return {key: _cut(key, value) for key, value in settings.items()}
 
-    def cut(key: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return without_paths(value)
-        local = isinstance(value, str) and "://" not in value
-        return Path(value).name if local and (key in PATHS or Path(value).is_absolute()) else value
 
-    return {key: cut(key, value) for key, value in settings.items()}
+def _cut(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_paths(value)
+    if isinstance(value, list | tuple):
+        return [_cut(key, v) for v in value]
+    if not isinstance(value, str) or "://" in value:
+        return value
+    path = Path(value).expanduser()
+    place = key in PLACES and (path.exists() or value.count("/") > 1 or value.startswith(".") or key in PLACES[:3])
+    return path.name if place or path.is_absolute() else value
+
+
+def stages_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give the stages of a run in order, each with "first" and "end" step and "batch_size"; a plain run is one."""
+    given = config.get("stages")
+    found: list[dict[str, Any]] = []
+    first = 0
+    for stage in given if isinstance(given, list) and given else [{"steps": config.get("steps")}]:
+        steps = stage.get("steps")
+        end = first + steps if isinstance(steps, int) else 10**12
+        batch = stage.get("batch_size") or config.get("batch_size")
+        found.append({**stage, "first": first, "end": end, "batch_size": batch})
+        first = end
+    return found
+
+
+def batch_at(stages: Sequence[Mapping[str, Any]], step: int) -> int | None:
+    """Give the images in a step, counted from 1."""
+    batch = next((s["batch_size"] for s in stages if s["first"] < step <= s["end"]), None)
+    return batch if isinstance(batch, int) else None
+
+
+def images_until(stages: Sequence[Mapping[str, Any]], step: int | None) -> int | None:
+    """Give the images seen up to a step; None when step or batch is not known."""
+    if step is None or any(not isinstance(s["batch_size"], int) for s in stages):
+        return None
+    return sum(int(max(0, min(step, s["end"]) - s["first"]) * s["batch_size"]) for s in stages)
 
 
 def data_facts(run: Path, config: Mapping[str, Any], sessions: list[dict[str, Any]]) -> Facts:

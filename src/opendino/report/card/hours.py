@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ Record = Mapping[str, Any]
 
 
 def measured_time(
-    run: Path, records: Sequence[Record], sessions: Sequence[Record], batch: int | None
+    run: Path, records: Sequence[Record], sessions: Sequence[Record], batch: Callable[[int], int | None]
 ) -> dict[str, Any] | None:
     """Add up the time that a run took.
 
     A session that ended counts from beginning to end by the clock. Steps of a session that was killed, and those of
-    before sessions were recorded, count with their own duration: batch / images_per_s. RUN/sessions/*.json, which some
-    training scripts write, count where they add up to more.
+    before sessions were recorded, count with their own duration: batch(step) / images_per_s. RUN/sessions/*.json, which
+    some training scripts write, count where they add up to more.
 
     Returns:
         None when nothing was measured; else "seconds"; "device_seconds", the same times the devices at work (GPUs, or
@@ -27,9 +27,12 @@ def measured_time(
         "sessions", their number; "source", in words.
     """
     steps = [
-        (r["step"], batch / r["images_per_s"])
+        (r["step"], size / r["images_per_s"])
         for r in records
-        if batch and r["step"] > 0 and isinstance(r.get("images_per_s"), int | float) and r["images_per_s"] > 0
+        if r["step"] > 0
+        and (size := batch(r["step"]))
+        and isinstance(r.get("images_per_s"), int | float)
+        and r["images_per_s"] > 0
     ]
     starts = [s for s in sessions if s.get("event") == "start"]
     whole = _ended(sessions)

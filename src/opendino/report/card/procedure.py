@@ -41,7 +41,9 @@ def procedure_rows(facts: dict[str, Any]) -> Rows:
     betas = _range(optim.get("betas"), ", ")
     rows: Rows = [
         ("recipe", s.get("recipe")),
-        ("objective", objective(heads, loss)),
+        ("started from", f"weights of {origin}" if (origin := training["started_from"]) else "random weights"),
+        ("objective", objective(heads, loss, training["teacher"])),
+        ("stages", "; ".join(map(stage_text, training["stages"])) or "one"),
         ("steps", _of(training["step"], training["steps"])),
         ("images seen", f"{training['images_seen']:,}" if training["images_seen"] is not None else None),
         ("batch", f"{batch} images{parts}" if batch else None),
@@ -50,7 +52,7 @@ def procedure_rows(facts: dict[str, Any]) -> Rows:
         ("optimiser", f"AdamW, betas {betas}; gradients clipped at {optim.get('clip_grad')}"),
         ("learning rate", learning_rate(optim)),
         ("weight decay", _from_to(optim, "weight_decay")),
-        ("teacher", f"moving average, momentum {_from_to(optim, 'momentum')}"),
+        ("moving average of the student", f"momentum {_from_to(optim, 'momentum')}; it is what this card describes"),
         ("regime", training["precision"]),
         ("seed", s.get("seed")),
         ("losses at the end", ", ".join(f"{k} {v:.3f}" for k, v in training["losses"].items()) or None),
@@ -59,8 +61,19 @@ def procedure_rows(facts: dict[str, Any]) -> Rows:
     return rows
 
 
-def objective(heads: Mapping[str, Any], loss: Mapping[str, Any]) -> str:
+def stage_text(stage: Mapping[str, Any]) -> str:
+    """Say what a stage has of its own."""
+    own = {k: v for k, v in stage.items() if k in ("crops", "masks", "loss", "optim", "data") and v}
+    text = (
+        f"{stage.get('name', 'stage')}: steps {stage['first'] + 1:,} to {stage['end']:,}, batch {stage['batch_size']}"
+    )
+    return text + "".join(f", {what}" for k, v in own.items() for what in _plain(k, v))
+
+
+def objective(heads: Mapping[str, Any], loss: Mapping[str, Any], teacher: str | None) -> str:
     """Say the losses with weights, targets and heads."""
+    if teacher:
+        return f"distillation from the frozen teacher {teacher}; weights and targets are in the settings below"
     kind = {"sinkhorn": "Sinkhorn-Knopp", "moving": "a moving centre"}.get(str(loss.get("centering")), "not recorded")
     shared = "separate heads" if heads.get("separate") else "one shared head"
     return (
@@ -111,6 +124,10 @@ def settings_block(facts: dict[str, Any]) -> str:
     """Give all settings, folded, without the paths of the machine."""
     text = yaml.safe_dump(facts["training"]["settings"], sort_keys=False, allow_unicode=True)
     return f"<details><summary>All settings</summary>\n\n```yaml\n{text}```\n\n</details>"
+
+
+def _plain(key: str, value: Any) -> list[str]:
+    return [f"{key}.{k} {v}" for k, v in value.items()] if isinstance(value, Mapping) else [f"{key} {value}"]
 
 
 def _group(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -54,7 +54,9 @@ def summary(facts: dict[str, Any]) -> str:
     c = facts["model"]["config"]
     registers = f", {c['num_register_tokens']} registers" if c["num_register_tokens"] else ""
     how = {
-        "pretrained": "trained without labels by the method of DINOv2 (Oquab et al. 2023)",
+        "pretrained": "distilled from a frozen teacher by the method of DINOv2 (Oquab et al. 2023)"
+        if facts["training"].get("teacher")
+        else "trained without labels by the method of DINOv2 (Oquab et al. 2023)",
         "finetuned": "tuned with labels from weights that were there before",
     }[facts["kind"]]
     side = facts["model"]["preprocess"]["crop"]
@@ -86,6 +88,9 @@ def details(facts: dict[str, Any]) -> str:
         ("file", f"`{model['file']}`, {model['bytes'] / 1e6:,.1f} MB, {model['dtype']}, published DINOv2 key names"),
         ("sha256", f"`{model['sha256']}`" if model["sha256"] else None),
     ]  # fmt: skip
+    for what, key in (("started from weights", "started_from"), ("distilled from", "teacher")):
+        if facts["training"].get(key):
+            rows.insert(2, (what, facts["training"][key]))
     if facts["kind"] == "finetuned":
         rows.insert(2, ("tuned from weights with fingerprint", facts["training"]["base_sha256"]))
     return f"## Model details\n\n{table(('', ''), rows)}"
@@ -155,11 +160,16 @@ def known_limits(facts: dict[str, Any]) -> list[str]:
         for finding in facts["findings"]:
             if finding["level"] != "ok":
                 lines.append(f"What the run's own figures say ({finding['level']}): {finding['text']}")
+        if origin := training["started_from"] or training["teacher"]:
+            lines.append(f"It comes from {origin} and inherits its limits, which are not measured here.")
         crops = training["settings"].get("crops") or {}
+        if training["stages"]:
+            own = [stage.get("crops") or {} for stage in training["stages"]]
+            crops = {k: max(c.get(k, crops.get(k, 0)) for c in own) for k in ("global_size", "local_size")}
         if crops.get("global_size"):
             lines.append(
-                f"It was trained on crops of {crops['global_size']} and {crops['local_size']} pixels; larger images "
-                "show objects larger than any that it has seen."
+                f"It was trained on crops of at most {crops['global_size']} and {crops['local_size']} pixels; larger "
+                "images show objects larger than any that it has seen."
             )
     elif training["probe"] is not None and training["best"]:
         best = training["best"]["score"]
@@ -295,7 +305,7 @@ def specification(facts: dict[str, Any]) -> str:
             software.setdefault(name, [])
             if version not in software[name]:
                 software[name].append(version)
-    flops = facts["flops_per_image"]
+    flops = None if training.get("stages") or training.get("teacher") else facts["flops_per_image"]
     seen = training.get("images_seen")
     rows = [
         ("hardware", facts["hardware"]),
