@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from opendino.models.registry import MODELS
 from opendino.report.card.citation import PAPER, SOFTWARE
 from opendino.report.card.front_matter import as_block, front_matter
 from opendino.report.card.procedure import data_section, procedure_rows, settings_block
@@ -73,7 +74,7 @@ def details(facts: dict[str, Any]) -> str:
     model, c = facts["model"], facts["model"]["config"]
     rows = [
         ("developed by", facts["author"]),
-        ("model type", f"Vision Transformer, {c['arch']}" if c["arch"] != "custom" else "Vision Transformer"),
+        ("model type", model_type(c)),
         ("licence", facts["licence"] or f"{NOT_RECORDED} (`--license` of `opendino card` states it)"),
         ("parameters", f"{model['parameters']:,}"),
         ("patch size, width", f"{c['patch_size']} pixels, {c['embed_dim']}"),
@@ -94,6 +95,19 @@ def details(facts: dict[str, Any]) -> str:
     if facts["kind"] == "finetuned":
         rows.insert(2, ("tuned from weights with fingerprint", facts["training"]["base_sha256"]))
     return f"## Model details\n\n{table(('', ''), rows)}"
+
+
+def model_type(config: dict[str, Any]) -> str:
+    """Name the architecture, and what of it is another than its name says."""
+    if config["arch"] not in MODELS:
+        return "Vision Transformer"
+    named = MODELS[config["arch"]].config.model_dump(mode="json")
+    own = [
+        k
+        for k in ("patch_size", "embed_dim", "depth", "num_heads", "ffn", "num_register_tokens")
+        if config[k] != named[k]
+    ]
+    return f"Vision Transformer, {config['arch']}" + (f" with {', '.join(own)} of its own" if own else "")
 
 
 def preprocessing(spec: dict[str, Any]) -> str:
@@ -147,7 +161,7 @@ def known_limits(facts: dict[str, Any]) -> list[str]:
     training, data = facts["training"], facts["data"]
     lines = []
     seen = training.get("images_seen")
-    if seen:
+    if seen and facts["kind"] == "pretrained":
         share = f" from a list of {data['images']:,}" if data["images"] else ""
         lines.append(
             f"It has seen {seen:,} images{share}. The published DINOv2 models were trained on 142 million different "
@@ -266,25 +280,30 @@ def figure(column: dict[str, Any], value: float) -> str:
     return f"{value:.3f}" if column["lower_is_better"] else f"{value:.1f}"
 
 
+def amount(value: float) -> str:
+    """Write three digits, or all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 # --- what it took --------------------------------------------------------------------------------------------------
 
 
 def impact(facts: dict[str, Any]) -> str:
     """Write hours, hardware, energy and CO₂eq with what was assumed."""
     time, e = facts["time"], facts["impact"]
-    hours = f"{time['seconds'] / 3600:,.2f} ({time['source']})" if time else None
+    hours = f"{amount(time['seconds'] / 3600)} ({time['source']})" if time else None
     many = f" in {time['sessions']} sessions" if time and time["sessions"] and time["sessions"] > 1 else ""
     rows = [
         ("hardware", facts["hardware"]),
         ("hours", hours + many if hours else None),
-        ("device hours", f"{e['device_hours']:,.2f}" if e["device_hours"] is not None else None),
-        ("CPU hours of the processes", f"{time['cpu_seconds'] / 3600:,.2f}" if time and time["cpu_seconds"] else None),
+        ("device hours", amount(e["device_hours"]) if e["device_hours"] is not None else None),
+        ("CPU hours of the processes", amount(time["cpu_seconds"] / 3600) if time and time["cpu_seconds"] else None),
         ("provider, region", f"{facts['provider'] or NOT_RECORDED}, {facts['region'] or NOT_RECORDED}"),
         ("power of a device, W", f"{e['watts']:g}" if e["watts"] is not None else None),
         ("PUE", f"{e['pue']:g}"),
         ("grid, kg CO2eq a kWh", f"{e['grid_kg_per_kwh']:g}"),
-        ("energy, kWh", f"{e['kwh']:,.3g}" if e["kwh"] is not None else None),
-        ("carbon emitted, kg CO2eq", f"{e['co2_kg']:,.3g}" if e["co2_kg"] is not None else None),
+        ("energy, kWh", amount(e["kwh"]) if e["kwh"] is not None else None),
+        ("carbon emitted, kg CO2eq", amount(e["co2_kg"]) if e["co2_kg"] is not None else None),
     ]  # fmt: skip
     lines = ["## Environmental impact", "", table(("", ""), rows), ""]
     lines += ["Energy = device hours × power × PUE, emissions = energy × grid; neither was metered.", ""]
@@ -312,7 +331,7 @@ def specification(facts: dict[str, Any]) -> str:
         ("processes", ", ".join(dict.fromkeys(str(s["processes"]) for s in sessions)) or None),
         ("memory of a machine, GB", next((s.get("memory_gb") for s in reversed(sessions)), None)),
         ("most memory used, GB", f"{m:.2f}" if (m := training.get("peak_memory_gb")) else None),
-        ("GFLOP of an image and step", f"{flops / 1e9:,.2f}: all crops, teacher, student, heads" if flops else None),
+        ("GFLOP of an image and step", f"{amount(flops / 1e9)}: all crops, teacher, student, heads" if flops else None),
         ("FLOPs of the training", f"{flops * seen:.3g}" if flops and seen else None),
         ("share of a matrix product's speed", f"{m:.0%}, median of the steps" if (m := training.get("mfu")) else None),
         ("software", ", ".join(f"{k} {' and '.join(v)}" for k, v in software.items()) or None),
