@@ -3,7 +3,7 @@
 
     python benchmarks/ledger.py write            # docs/ledger.md
     python benchmarks/ledger.py check            # measure the cheap ones again; --net: those too that need packages
-    python benchmarks/ledger.py draft docs/x.md  # entries to fill in, for the tables of a page that no entry covers
+    python benchmarks/ledger.py draft docs/x.md  # entries to fill in, and sentences with figures that none quotes
 
 A figure is stated by an entry when the entry quotes the text that holds it. Every row of a table with a digit in it
 must be quoted, or stand in a section that is exempt; so no figure can change, and none can come, without its entry.
@@ -38,6 +38,10 @@ KINDS = {
     "lost": "the exact configuration is not recorded, so it cannot be repeated exactly",
 }
 """How a figure can be had again."""
+MEASURED = re.compile(
+    r"\d\s?(%|ms|µs|s|[GT]FLOP|[GM]iB|[GM]B|min|minutes?|hours?|days?|images/s|points?|times|kWh|kg|t|m|px)\b|\d\.\d|\de-\d"
+)
+"""What looks like a figure in running text; settings look alike, so `draft` only shows these."""
 LIMIT = 900
 """Seconds that one command of `check` may take."""
 
@@ -151,6 +155,18 @@ def table_rows(text: str) -> Iterator[Row]:
             section = heading[1].strip()
         elif line.lstrip().startswith("|") and re.search(r"\d", line):
             yield Row(section=section, line=number, text=line.strip())
+
+
+def loose_sentences(text: str, quoted: Sequence[str]) -> Iterator[str]:
+    """Give the sentences of running text that hold what looks like a figure and that no entry quotes."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for block in re.split(r"\n\s*\n|\n(?=- |\d+\. )", text):
+        if block.lstrip().startswith(("|", "#", "    ")):
+            continue
+        flat = plain(block)
+        for quote in quoted:
+            flat = flat.replace(plain(quote), "")
+        yield from (s for s in re.split(r"(?<=[.;:])\s+", flat) if MEASURED.search(s))
 
 
 def plain(text: str) -> str:
@@ -353,6 +369,13 @@ def draft(file: str, ledger: Ledger, root: Path = ROOT) -> str:
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=10**6) if entries else ""
 
 
+def hints(file: str, ledger: Ledger, root: Path = ROOT) -> str:
+    """Give, as comments, the sentences of a page that may hold figures without an entry."""
+    quoted = [text for entry in ledger.entries for text in entry.stated.get(file, ())]
+    found = list(loose_sentences((root / file).read_text(encoding="utf-8"), quoted))
+    return "".join(f"# {line}\n" for line in ["Sentences with numbers that no entry quotes:", *found]) if found else ""
+
+
 def main() -> int:
     """Write, check or draft."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -367,6 +390,7 @@ def main() -> int:
     ledger = load_ledger()
     if args.job == "draft":
         print(draft(args.file, ledger) or f"# {args.file}: every row with a digit has an entry or is exempt")
+        print(hints(args.file, ledger), end="")
         return 0
     wrong = problems(ledger)
     for line in wrong:

@@ -137,6 +137,14 @@ def test_a_draft_has_what_no_entry_covers(root):
     assert book.problems(ledger(ENTRY, filled, exempt=()), root) == []
 
 
+def test_sentences_with_figures_that_no_entry_quotes_are_shown(root):
+    """Of running text only: tables are checked row by row, and code says nothing."""
+    assert book.hints("docs/x.md", ledger(ENTRY), root) == ""
+    (root / "docs" / "x.md").write_text(PAGE + "\nIt is 3 times as fast. It has 2 parts;\nand\ntakes 4.5 GB.\n")
+    lines = book.hints("docs/x.md", ledger(ENTRY), root).splitlines()
+    assert lines[1:] == ["# It is 3 times as fast.", "# and takes 4.5 GB."]
+
+
 def test_the_written_page_says_all_of_an_entry():
     text = book.markdown(ledger(ENTRY))
     for part in ("[Speed](#speed)", "2 to 3", "`a.1` in 2 to 3", "Ours takes 2.5 s, theirs 7.", "*Flags*: flags"):
