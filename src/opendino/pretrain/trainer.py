@@ -103,7 +103,7 @@ class Trainer:
             TrainingStopped: after SIGINT, SIGTERM or SIGUSR1, when the checkpoint is safe.
         """
         record: Record = {}
-        with self._folder_held(), self._session(), self._logging(), StopRequest() as stop, worker_deaths_explained():
+        with self._folder_held(), self._logging(), StopRequest() as stop, worker_deaths_explained():
             if self.step == 0:
                 self._probe_start()
             batches = self.batches()
@@ -185,17 +185,15 @@ class Trainer:
     def _folder_held(self) -> contextlib.AbstractContextManager[None]:
         return self.folder.held() if self.folder else contextlib.nullcontext()
 
-    def _session(self) -> contextlib.AbstractContextManager[None]:
-        run = self.run if self.folder else None
-        return recorded_session(run, lambda: describe_session(self.engine, self.source), lambda: self.step)
-
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
-        """Keep the loggers that were asked for open in process 0."""
+        """Keep the loggers that were asked for open in process 0, and note what the run is computed on, and how long."""
+        run = self.run if self.folder else None
         if is_main():
             self.loggers = open_loggers(self.config.loggers, self.run, self.config.model_dump(mode="json"))
         try:
-            yield
+            with recorded_session(run, lambda: describe_session(self.engine, self.source), lambda: self.step):
+                yield
         finally:
             for logger in self.loggers:
                 logger.close()
