@@ -16,6 +16,7 @@ import opendino
 from opendino.cli import main
 from opendino.cli.card import how_written
 from opendino.pretrain.config import parse_config
+from opendino.pretrain.session import recorded_session
 from opendino.pretrain.trainer import Trainer
 from opendino.report.card import citation
 from opendino.report.card.front_matter import licence_keys
@@ -152,6 +153,20 @@ def test_a_run_of_several_sessions(root, tmp_path, capsys):
     assert facts["time"]["sessions"] == 2
     assert facts["time"]["seconds"] == pytest.approx(lines[1]["wall_s"] + lines[3]["wall_s"])
     assert "in 2 sessions" in row(text, "hours")
+
+
+def test_a_session_has_its_end_however_it_ends(tmp_path, caplog):
+    with pytest.raises(ZeroDivisionError), recorded_session(tmp_path, lambda: {"device": "cpu"}, lambda: 3):
+        1 / 0  # noqa: B018
+    with recorded_session(None, lambda: {}, lambda: 3):  # not the first process
+        pass
+    start, end = (json.loads(line) for line in (tmp_path / "sessions.jsonl").read_text().splitlines())
+    assert (start["event"], start["device"], start["step"]) == ("start", "cpu", 3)
+    assert (end["event"], end["step"]) == ("end", 3)
+    assert 0 <= end["wall_s"] < 5
+    with recorded_session(tmp_path / "gone", lambda: {}, lambda: 3):
+        pass
+    assert "will not know this session" in caplog.text
 
 
 def test_a_fine_tuned_run(run, root, tmp_path, capsys):

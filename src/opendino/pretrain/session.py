@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import time
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from opendino.images.sources import ImageSource
     from opendino.pretrain.engine import Engine
 
+log = logging.getLogger("opendino")
 FILE = "sessions.jsonl"
 
 
@@ -50,8 +52,11 @@ def recorded_session(run: Path | None, about: Callable[[], dict[str, Any]], step
 
 
 def _append(run: Path, record: dict[str, Any]) -> None:
-    with (run / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with (run / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:  # a full disk is no reason to stop here; checkpoints tell of it
+        log.warning("%s was not written (%s): the model card will not know this session.", run / FILE, error)
 
 
 def describe_session(engine: Engine, source: ImageSource) -> dict[str, Any]:
@@ -67,7 +72,8 @@ def describe_session(engine: Engine, source: ImageSource) -> dict[str, Any]:
     software = {"opendino": __version__, "torch": torch.__version__, "python": platform.python_version()}
     if engine.device.type == "cuda" and torch.version.cuda:
         software["CUDA"] = torch.version.cuda
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size())
+    given = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or ""
+    local = int(given) if given.isdigit() and int(given) else world_size()
     return {
         "device": engine.device.type,
         "device_name": device_name(engine.device),

@@ -187,7 +187,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
-        """Keep the loggers that were asked for open in process 0, and note what the run is computed on, and how long."""
+        """Keep the loggers that were asked for open in process 0, and note on what it is computed and how long."""
         run = self.run if self.folder else None
         if is_main():
             self.loggers = open_loggers(self.config.loggers, self.run, self.config.model_dump(mode="json"))
