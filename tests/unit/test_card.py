@@ -14,7 +14,7 @@ from PIL import Image
 
 import opendino
 from opendino.cli import main
-from opendino.cli.card import how_written
+from opendino.cli.card import how_written, kind_of, machine
 from opendino.pretrain.config import parse_config
 from opendino.pretrain.session import recorded_session
 from opendino.pretrain.trainer import Trainer
@@ -229,6 +229,17 @@ def test_hours_by_hand(tmp_path):
         (tmp_path / "sessions" / f"{i}.json").write_text(json.dumps({"wall_s": 100.0 * i, "cpu_s": 7.0}))
     assert measured_time(tmp_path, records, [], eight)["seconds"] == 300
     assert measured_time(tmp_path / "no", [], [], eight) is None
+
+
+@pytest.mark.parametrize(("name", "kind", "words"), [
+    ("NVIDIA A100-SXM4-80GB", "a100", "8 × NVIDIA A100-SXM4-80GB"),
+    ("NVIDIA H100 80GB HBM3", "h100", "8 × NVIDIA H100 80GB HBM3"),
+    ("NVIDIA H200", "h200", "8 × NVIDIA H200"),
+    ("NVIDIA GeForce RTX 4090", None, "8 × NVIDIA GeForce RTX 4090"),
+])  # fmt: skip
+def test_power_is_that_of_devices_that_the_plan_knows(name, kind, words):
+    session = {"device": "cuda", "device_name": name, "processes": 8, "machines": 1}
+    assert (kind_of(session), machine(session)) == (kind, words)
 
 
 def test_energy_by_hand():
