@@ -17,6 +17,7 @@ import math
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +180,7 @@ def problems(ledger: Ledger, root: Path = ROOT) -> list[str]:
     found = []
     names = [e.id for e in ledger.entries]
     found += [f"{name} is the id of two entries." for name in sorted({n for n in names if names.count(n) > 1})]
+    found += [f"{e.id} has a FILL IN left." for e in ledger.entries if "FILL IN" in e.model_dump_json()]
     pages = {f: (root / f).read_text(encoding="utf-8") for f in scanned(root)}
     flat = {file: plain(text) for file, text in pages.items()}
     for entry in ledger.entries:
@@ -366,7 +368,8 @@ def draft(file: str, ledger: Ledger, root: Path = ROOT) -> str:
         }
         for section, rows in sections.items()
     ]  # fmt: skip
-    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=10**6) if entries else ""
+    text = "\n".join(yaml.safe_dump([e], sort_keys=False, allow_unicode=True, width=10**6) for e in entries)
+    return textwrap.indent(text, "  ")  # as the ledger's own entries are
 
 
 def hints(file: str, ledger: Ledger, root: Path = ROOT) -> str:

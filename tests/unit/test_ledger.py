@@ -133,6 +133,8 @@ def test_a_draft_has_what_no_entry_covers(root):
     (drafted,) = yaml.safe_load(book.draft("docs/x.md", ledger(ENTRY, exempt=()), root))
     assert (drafted["id"], drafted["stated"]) == ("x-flags", {"docs/x.md": ["| `--k` | 20 |"]})
     assert book.draft("docs/x.md", ledger(ENTRY), root) == ""
+    assert book.draft("docs/x.md", ledger(ENTRY, exempt=()), root).startswith("  - id: x-flags\n")
+    assert book.problems(ledger(ENTRY, drafted, exempt=()), root) == ["x-flags has a FILL IN left."]
     filled = drafted | {key: "known" for key, value in drafted.items() if str(value).startswith("FILL IN")}
     assert book.problems(ledger(ENTRY, filled, exempt=()), root) == []
 
