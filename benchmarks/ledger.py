@@ -133,6 +133,8 @@ def load_ledger(root: Path = ROOT) -> Ledger:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise SystemExit(f"{LEDGER}: {wrong}") from None
+    except yaml.YAMLError as error:
+        raise SystemExit(f"{LEDGER} is no valid YAML (quote texts with a colon): {plain(str(error))}") from None
 
 
 # --- the pages -----------------------------------------------------------------------------------------------------
