@@ -5,7 +5,7 @@ BENCH := .venv-bench
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow bench lint docs clean
+.PHONY: help install demo test test-slow bench lint docs ledger ledger-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,12 @@ lint: $(STAMP)  ## style, types and import arrows
 
 docs: $(STAMP)  ## run the commands of the README and the docs
 	$(BIN)/python -m pytest tests/docs
+
+ledger: $(STAMP)  ## write docs/ledger.md from docs/ledger.yaml
+	$(BIN)/python benchmarks/ledger.py write
+
+ledger-check: $(STAMP)  ## measure the cheap figures of the docs again; NET=--net: also those that fetch packages
+	$(BIN)/python benchmarks/ledger.py check $(NET)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backbone prepared for a CPU gives the plain one's tokens."""
 
+import numpy as np
 import pytest
 import torch
 
+from opendino.embed.embedder import Embedder
 from opendino.embed.runtimes import prepared
-from opendino.embed.runtimes.prepared import PreparedViT
+from opendino.embed.runtimes.prepared import PreparedViT, packs
 from opendino.models.config import ViTConfig
 from opendino.models.vit import VisionTransformer
 from opendino.native.build import Kernels
@@ -106,3 +108,18 @@ def test_the_weights_are_a_copy_and_the_model_is_left_alone():
         for parameter in model.parameters():
             parameter.zero_()
     torch.testing.assert_close(ready.tokens(images), first)
+
+
+def test_an_embedder_in_bf16_is_prepared_and_sees_later_changes_of_the_weights():
+    model = make_model()
+    embedder = Embedder(model, precision="bf16", size=56, what=["cls"])
+    picture = np.random.default_rng(0).integers(0, 256, (60, 70, 3), dtype=np.uint8)
+    exact = Embedder(model, size=56, what=["cls"])
+    before = embedder([picture]).cls
+    np.testing.assert_allclose(before, exact([picture]).cls, atol=0.15)
+    assert isinstance(embedder.runtime._prepared, PreparedViT) == packs(torch.bfloat16)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(2)
+    after = embedder([picture]).cls
+    assert np.abs(after - before).max() > 0.3
+    np.testing.assert_allclose(after, exact([picture]).cls, atol=0.15)

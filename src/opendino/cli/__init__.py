@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stats": ("stats", "mean and std of each channel of your images, for a recipe"),
     "demo": ("demo", "pre-train a small model on real photographs and write a report"),
     "plan": ("plan", "what a run will take: memory, hours, energy"),
+    "card": ("card", "write the model card of a run"),
     "report": ("report", "judge a pre-training run in plain words and write its page"),
 }
 

@@ -26,6 +26,8 @@ Example:
 Parameters are counted on the meta device, memory from what the backward pass of the real blocks keeps; nothing is
 downloaded or trained. Hours follow from the model's FLOPs and --mfu, the share of the data sheet's speed that they
 reach: 0.3 to 0.45 on GPUs. --device this measures this machine's speed and memory."""
+CPU_WATTS = 65
+"""Of a machine that computes on its CPU; an assumption, not a measurement."""
 THIS_MFU = 0.7
 """On a CPU, whose peak is measured by a matrix product and not read off a data sheet (benchmarks/RESULTS.md)."""
 
@@ -118,7 +120,7 @@ def this_device() -> tuple[Device, bool]:
     if device.type == "cuda":
         return Device("this GPU", speed, torch.cuda.get_device_properties(device).total_memory, 400), False
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device(f"this CPU, {torch.get_num_threads()} threads", speed, memory, 65, THIS_MFU), True
+    return Device(f"this CPU, {torch.get_num_threads()} threads", speed, memory, CPU_WATTS, THIS_MFU), True
 
 
 def show(plan: Plan, device: Device, title: str) -> None:

@@ -31,8 +31,9 @@ Example:
 
 --init starts from weights (a name, a file, a folder, a run; docs/adaptation.md): the architecture comes from them.
 Any setting of the recipe can be given as a flag. --steps compresses the recipe's warm-ups in proportion.
-The run folder then holds config.yaml, metrics.jsonl, report.html, checkpoints/ and weights/teacher.safetensors,
-which opendino.load("runs/first") reads. Ctrl-C, SIGTERM and SIGUSR1 save and leave; `opendino resume` continues."""
+The run folder then holds config.yaml, metrics.jsonl, report.html, card.md, checkpoints/ and
+weights/teacher.safetensors, which opendino.load("runs/first") reads. Ctrl-C, SIGTERM and SIGUSR1 save and leave;
+`opendino resume` continues."""
 
 
 class PretrainArguments(PretrainConfig):
@@ -140,6 +141,7 @@ def run(config: PretrainConfig, quiet: bool = False, stay: bool = False) -> dict
 
 def explain(run: Path, quiet: bool = False) -> None:
     """Write the run's page and print its verdict, as far as it has come; nothing before its first step."""
+    from opendino.cli.card import automatic_card
     from opendino.cli.report import judge_run, report_run, show
 
     if not (run / "metrics.jsonl").is_file():
@@ -151,6 +153,7 @@ def explain(run: Path, quiet: bool = False) -> None:
         log.warning("%s", error)
     except DataError:  # it ended before its first step, for a reason that is told anyway
         return
+    automatic_card(run)
     if not quiet:
         show(findings, stderr=True)
         if path:

@@ -97,10 +97,10 @@ class RunFolder:
                 kept.append(line + "\n")
         replace_text(self.metrics, "".join(kept))
 
-    def write_weights(self, teacher: VisionTransformer, heads: Mapping[str, Tensor]) -> None:
-        """Write the teacher as one plain file with published names, and its heads."""
+    def write_weights(self, teacher: VisionTransformer, heads: Mapping[str, Tensor], step: int) -> None:
+        """Write the teacher as one plain file with published names, which says its step, and its heads."""
         (self.path / "weights").mkdir(exist_ok=True)
-        save_backbone(teacher, self.path / "weights" / "teacher.safetensors")
+        save_backbone(teacher, self.path / "weights" / "teacher.safetensors", extra={"opendino.step": str(step)})
         aside = self.path / ".heads.safetensors"
         save_file({k: v.cpu().contiguous() for k, v in heads.items()}, aside)
         aside.rename(self.path / "heads.safetensors")

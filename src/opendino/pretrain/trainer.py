@@ -35,6 +35,7 @@ from opendino.pretrain.interrupts import StopRequest, TrainingStopped
 from opendino.pretrain.loggers import Logger, open_loggers
 from opendino.pretrain.run_folder import Record, RunFolder
 from opendino.pretrain.schedules import cosine_schedule, linear_warmup, scaled_lr
+from opendino.pretrain.session import describe_session, recorded_session
 from opendino.pretrain.spread import whole_teacher
 from opendino.pretrain.stages import Stage, naming, open_sources, stage_after, stage_before, timeline
 from opendino.pretrain.student_teacher import StudentTeacher
@@ -213,11 +214,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
-        """Keep the loggers that were asked for open in process 0."""
+        """Keep the loggers that were asked for open in process 0, and note on what it is computed and how long."""
+        run = self.run if self.folder else None
         if is_main():
             self.loggers = open_loggers(self.config.loggers, self.run, self.config.model_dump(mode="json"))
         try:
-            yield
+            with recorded_session(run, lambda: describe_session(self.engine, self.source), lambda: self.step):
+                yield
         finally:
             for logger in self.loggers:
                 logger.close()
@@ -430,7 +433,7 @@ class Trainer:
         teacher = whole_teacher(self.model)
         heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if k.split(".")[0] != "backbone"}
         if self.folder:
-            self.folder.write_weights(teacher, heads)
+            self.folder.write_weights(teacher, heads, self.step)
 
     def _load(self, before: int | None = None) -> bool:
         """Take up the newest checkpoint, of an earlier step than `before`; False when there is none."""

@@ -79,8 +79,8 @@ def run_fairness(args: FairnessArgs) -> dict[str, Any]:
     """Score by group.
 
     Returns:
-        "columns": name → see `opendino.evaluate.fairness.group_accuracy`; "k", "num_images", "left_out" by reason,
-        "classifier", "confidence".
+        "columns": name → see `opendino.evaluate.fairness.group_accuracy`; "model", "k", "num_images", "left_out"
+        by reason, "classifier", "confidence".
     """
     table = read_table(args.csv, args.label, args.groups, args.bins)
     k = args.k or (5 if table.dollar_street else 1)
@@ -160,8 +160,9 @@ def _by_group(
         for name, values in columns.items()
     }
     return {
-        "classifier": origin, "k": k, "num_images": len(rows), "accuracy": 100 * sum(right) / len(right),
-        "left_out": {"no label": table.without_label} | left, **settings, "columns": found,
+        "model": args.model, "classifier": origin, "k": k, "num_images": len(rows),
+        "accuracy": 100 * sum(right) / len(right), "left_out": {"no label": table.without_label} | left, **settings,
+        "columns": found,
     }  # fmt: skip
 
 

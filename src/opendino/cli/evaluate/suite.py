@@ -99,7 +99,7 @@ def run_cells(args: SuiteArgs, cells: Sequence[Cell], console: Console) -> list[
                 console.print(f"  {known['error']}", style="red", highlight=False, markup=False)
             else:
                 write_text(path, json.dumps(known, indent=1))
-        results.append(known)
+        results.append(known | {"weights_sha256": model["weights_sha256"]})
     return results
 
 
@@ -145,9 +145,10 @@ def write_table(args: SuiteArgs, cells: Sequence[Cell], results: Sequence[dict[s
     failed = {f"{r['task']} on {r['data']}": r["error"] for r in results if "error" in r}
     report = {
         "model": args.model,
+        "weights_sha256": results[0]["weights_sha256"],
         "columns": [asdict(column) for column in columns],
         "failed": failed,
-        "results": [{k: v for k, v in r.items() if k != "key"} for r in results],
+        "results": [{k: v for k, v in r.items() if k not in ("key", "weights_sha256")} for r in results],
     }
     write_text(args.out / "table.md", markdown_table(rows, columns))
     write_text(args.out / "table.json", json.dumps(report, indent=1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbone as it is, run by PyTorch."""
+"""The backbone run by PyTorch: as it is, or in bf16 on a CPU as a copy prepared for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opendino.embed.runtimes.base import Precision, split_tokens
+from opendino.embed.runtimes.prepared import PreparedViT, packs
 from opendino.errors import ConfigError
 from opendino.models.fingerprint import weights_fingerprint
 from opendino.models.vit import VisionTransformer
@@ -36,6 +37,8 @@ class TorchRuntime:
         self.model, self.config, self.spec = model, model.config, model.preprocess
         self.device = model.cls_token.device
         self.precision: str = resolve_precision(precision, self.device, model.cls_token.dtype)
+        self._prepared: PreparedViT | None = None
+        self._prepared_from: list[tuple[int, int]] = []
 
     def vectors(self, images: Tensor, layers: int, what: Sequence[str]) -> dict[str, Tensor]:
         """Give the vectors of normalised images (B, C, H, W); see `Runtime`."""
@@ -44,6 +47,8 @@ class TorchRuntime:
     @torch.inference_mode()
     def tokens(self, images: Tensor, layers: int) -> Tensor:
         """Give the normalised tokens of the last `layers` blocks, (B, 1 + R + P, L·D) fp32."""
+        if self._is_prepared():
+            return self._prepare().tokens(images.float(), layers)
         model, outputs, was_training = self.model, [], self.model.training
         model.eval()
         try:
@@ -56,6 +61,18 @@ class TorchRuntime:
         finally:
             model.train(was_training)
         return torch.cat(outputs, dim=-1)
+
+    def _is_prepared(self) -> bool:
+        """Say whether bf16 products in oneDNN's layout serve: fp32 weights on a CPU that has them."""
+        fp32_on_cpu = self.device.type == "cpu" and self.model.cls_token.dtype is torch.float32
+        return self.precision == "bf16" and fp32_on_cpu and packs(torch.bfloat16)
+
+    def _prepare(self) -> PreparedViT:
+        """Give the prepared copy of the weights, made again when they were changed."""
+        now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        if self._prepared is None or now != self._prepared_from:
+            self._prepared, self._prepared_from = PreparedViT(self.model, "bf16"), now
+        return self._prepared
 
     def weights_sha256(self) -> str:
         """Give the fingerprint of the weights as they are now."""
