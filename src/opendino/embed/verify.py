@@ -201,8 +201,9 @@ class Check:
             at = self._random.randrange(self._seen) if self._seen > self.sample else len(self.samples)
             if at >= self.sample:
                 continue
-            cells = (batch.column(c)[i].as_py() for c in ("path", "sha256", "error"))
-            self.samples[at : at + 1] = [Sample(*cells, {k: np.array(v[i], np.float32) for k, v in vectors.items()})]
+            path, sha256, error = (batch.column(c)[i].as_py() for c in ("path", "sha256", "error"))
+            row = {name: np.array(values[i], np.float32) for name, values in vectors.items()}
+            self.samples[at : at + 1] = [Sample(path, sha256, error, row)]
 
     def _figures(self) -> None:
         found, verdict = self.manifest, self.verdict

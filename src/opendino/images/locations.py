@@ -124,21 +124,40 @@ def is_file(place: str) -> bool:
 
 
 def walk(root: str) -> Iterator[str]:
-    """Give the files below a folder as "a/b.jpg", hidden ones left out; links to folders are not followed."""
+    """Give the files below a folder as "a/b.jpg", sorted part by part, hidden ones left out.
+
+    Links to folders are not followed. A local folder is listed when its turn comes, so that memory does not grow with
+    the number of files.
+    """
     if is_url(root):
         fs, inner = filesystem(root)
         inner = inner.rstrip("/") + "/"
-        for found in fs.find(inner):
+        names = sorted(fs.find(inner), key=lambda name: name.split("/"))
+        for found in names:
             name = found[len(inner) :] if found.startswith(inner) else found
             if not any(part.startswith(".") for part in name.split("/")):
                 yield name
         return
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        below = os.path.relpath(folder, root).replace(os.sep, "/")
-        for file in files:
-            if not file.startswith("."):
-                yield file if below == "." else f"{below}/{file}"
+    yield from _walk(root, "")
+
+
+def _walk(folder: str, below: str) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as entries:
+            names, folders = [], {}
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    names.append(entry.name)
+                    if entry.is_dir():
+                        folders[entry.name] = entry.is_symlink()
+    except OSError:  # gone meanwhile, or not ours to read
+        return
+    names.sort()
+    for name in names:
+        if name not in folders:
+            yield below + name
+        elif not folders[name]:
+            yield from _walk(os.path.join(folder, name), f"{below}{name}/")
 
 
 def size_and_stamp(place: str) -> tuple[int, str]:
