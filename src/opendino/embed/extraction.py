@@ -197,6 +197,7 @@ class Extraction:
                 f"{sum(b - a for a, b in left)} rows that were written are not in {self.folder.place} any more, from "
                 f"place {left[0][0]} on: somebody has removed shards. Run the same command again to redo them."
             )
+        self.folder.tidy()
         self.list_errors()
         shards, old = self._shards()
         table = [
