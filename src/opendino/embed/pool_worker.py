@@ -12,7 +12,9 @@ import os
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from opendino.embed.folder import open_folder
@@ -32,6 +34,8 @@ class Line:
     def __init__(self) -> None:
         self.heard: queue.Queue[dict[str, Any]] = queue.Queue()
         self.stop = threading.Event()
+        self.waiting: deque[Range] = deque()
+        self.ended = False
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # whatever prints goes where messages go
 
@@ -59,14 +63,32 @@ class Line:
             raise StopAsked
         return message[kind]
 
+    def wait(self) -> bool:
+        """Wait for ranges; False when there are none to come."""
+        if not self.ended and not self.waiting:
+            self._take(self.heard.get())
+        return not self.ended or bool(self.waiting)
+
     def ranges(self) -> Iterator[Range]:
-        """Give the ranges that are asked for, until the end."""
+        """Give the ranges that have been asked for by now.
+
+        It must not wait for more: images that were read ahead would not be computed meanwhile, and the leading process
+        sends more only when they are.
+        """
         while True:
-            message = self.heard.get()
-            if "range" not in message:
+            with suppress(queue.Empty):
+                while not self.ended:
+                    self._take(self.heard.get_nowait())
+            if not self.waiting:
                 return
+            yield self.waiting.popleft()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "range" in message:
             first, end = message["range"]
-            yield first, end
+            self.waiting.append((first, end))
+        else:
+            self.ended = True
 
 
 def device_of(asked: str | None, number: int) -> str | None:
@@ -97,7 +119,8 @@ def work(line: Line) -> None:
         if line.stop.is_set():
             raise StopAsked
 
-    write_ranges(embedder, order, line.ranges(), writer, on_batch)
+    while line.wait():
+        write_ranges(embedder, order, line.ranges(), writer, on_batch)
 
 
 def main() -> int:
