@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import fsspec
@@ -286,6 +287,23 @@ def test_a_folder_that_cannot_be_made_is_told(photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be made"):
         write(photos, tmp_path / "file" / "out")
+
+
+def test_a_full_disk_is_told_and_loses_nothing_that_was_written(photos, tmp_path):
+    resource = pytest.importorskip("resource")
+    write(photos, tmp_path / "wanted", what=("cls", "patches"))
+    largest = max(p.stat().st_size for p in (tmp_path / "wanted").glob("part-*"))
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, limits[1]))
+        with pytest.raises(DataError, match=r"cannot be written: .*File too large"):
+            write(photos, tmp_path / "out", what=("cls", "patches"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    write(photos, tmp_path / "out", what=("cls", "patches"))
+    assert rows(tmp_path / "out").equals(rows(tmp_path / "wanted"))
 
 
 # --- several processes ---------------------------------------------------------------------------------------------

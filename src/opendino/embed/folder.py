@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from opendino.errors import ConfigError
+from opendino.errors import ConfigError, DataError
 from opendino.images import locations
 
 LOCK_WAIT_S = 10.0
@@ -153,9 +153,14 @@ class _Local(Folder):
                 os.fsync(file.fileno())
             final = hashing.final(name)
             os.replace(aside, self.path(final))
-        except BaseException:
-            self.remove(os.path.basename(aside))
-            raise
+        except OSError as error:
+            raise DataError(
+                f"{self.place} cannot be written: {error}. Mend that (more room, or rights) and run the same command "
+                "again: what was written before is kept."
+            ) from error
+        finally:
+            with suppress(OSError):  # it is gone when all went well
+                os.remove(aside)
         self._sync()
         return final
 

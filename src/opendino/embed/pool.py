@@ -177,9 +177,9 @@ class Pool:
         left = [r for piece in worker.given for r in missing_ranges(shards, *piece)]
         self._uncount(worker, left, shards)
         if self.deaths >= DEATHS:
-            where = f" at place {left[0][0]} of the input" if left else ""
+            where = f", last in the images from {self.run.order.image(left[0][0]).path} on" if left else ""
             raise DataError(
-                f"Worker processes died {self.deaths} times in a row without finishing a shard{where}; the last one "
+                f"Worker processes died {self.deaths} times without a shard in between{where}; the last one "
                 f"{_fate(code)}. What was done is kept. Give fewer --nproc or a smaller --batch, and run it again."
             )
         self.redo.extend(left)
