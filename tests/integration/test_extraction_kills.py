@@ -104,7 +104,7 @@ def test_twenty_killed_workers_change_no_row(tmp_path):
 @pytest.mark.timeout(2400)
 def test_killed_workers_of_ray_change_no_row(tmp_path):
     pytest.importorskip("ray")
-    names = write_inputs(tmp_path, 1200)
+    names = write_inputs(tmp_path, 900)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     here(*embed(tmp_path, whole))
     process = start(*embed(tmp_path, cut, "--engine", "ray", "--nproc", "2"))

@@ -21,7 +21,7 @@ from opendino.embed.extraction import Extraction, Progress
 from opendino.embed.folder import Folder, open_folder
 from opendino.embed.job import Job
 from opendino.embed.order import InputState, Order, order_of
-from opendino.embed.pool import KINDS, OnBatch
+from opendino.embed.pool import DEATHS, KINDS, OnBatch
 from opendino.embed.shards import Range, cut, list_shards, missing_ranges, step_for
 from opendino.embed.writer import ShardWriter, settings_of, write_ranges
 from opendino.errors import ConfigError, DataError, MissingExtraError, OpendinoError
@@ -150,6 +150,11 @@ def embed_with_ray(
             if run.settings:
                 run.list_errors()
             raise
+        except ray.exceptions.RayError as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise DataError(
+                f"Ray did not finish: {reason} What was done is kept; when the cause is mended, the same command goes on."
+            ) from error
         finally:
             run.folder.remove(TOKEN)
             if mine:
@@ -186,7 +191,7 @@ def _compute(ray: Any, run: Extraction, job: Job, token: str, actors: int | None
     found = ray.cluster_resources()
     gpus = 0 if job.embedder.get("device") == "cpu" else int(found.get("GPU", 0))
     needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
-    first = ray.remote(**needs)(RangeWriter).remote(job.json(), token)
+    first = ray.remote(max_restarts=DEATHS, max_task_retries=DEATHS, **needs)(RangeWriter).remote(job.json(), token)
     about = ray.get(first.describe.remote())
     ray.kill(first)
     if "problem" in about:
