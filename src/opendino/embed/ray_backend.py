@@ -153,7 +153,7 @@ def embed_with_ray(
         except ray.exceptions.RayError as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise DataError(
-                f"Ray did not finish: {reason} What was done is kept; when the cause is mended, the same command goes on."
+                f"Ray did not finish: {reason} What was done is kept; the same command goes on when that is mended."
             ) from error
         finally:
             run.folder.remove(TOKEN)
