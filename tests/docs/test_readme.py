@@ -49,6 +49,8 @@ def folder(tmp_path_factory):
     save_depths(root / "flat", root / "hall")
     data = ["--data", str(root / "photos"), "--out", str(root / "run")]
     assert main(["pretrain", "--recipe", "vitt14_demo", *data, *SMALL]) == 0
+    embedded = ["--model", str(root / "run"), "--out", str(root / "vectors")]
+    assert main(["embed", str(root / "photos"), *embedded]) == 0
     shutil.copytree(root / "run", root / "demo" / "run-seed0")
     shutil.copytree(root / "labelled", root / "demo" / "data" / "labelled")
     import torch
@@ -144,6 +146,8 @@ def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     assert args[0] in COMMANDS
     if args[0] == "export":
         make_export(args, folder)
+    if "ray" in args:
+        pytest.importorskip("ray")
     if args[0] == "demo":
         pytest.skip("make demo takes minutes; tests/integration and CI's users run it")
     assert main(args) == 0

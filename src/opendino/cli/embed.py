@@ -4,22 +4,30 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opendino.errors import ConfigError
+
 EXAMPLE = """Turn images into feature vectors on disk.
 
 Example:
   opendino embed photos/ --model vits14 --out features/ --what cls,mean --batch 64
+  opendino embed --verify features/
 
-The folder gets part-00000.parquet, … with one row per image (path, sha256, cls, mean, patches, error) and
-manifest.json. Killed and started again with the same settings, it goes on where it stopped."""
+The folder gets part-*.parquet with one row per image (path, sha256, cls, mean, patches, error), manifest.json, and
+errors.csv with the images that could not be read. Killed and started again with the same settings, it goes on where it
+stopped. --verify checks a finished folder; its own --help has more."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Args:
     model: str
     """Model name, weight file, transformers folder or run folder."""
     out: Path
-    """Folder for the shards."""
+    """Folder for the shards, or a URL that fsspec knows."""
     what: str = "cls,mean"
     """Vectors to write: cls, mean, patches, with commas."""
     layers: int = 1
@@ -53,58 +61,135 @@ class Args:
     device: str | None = None
     """cpu, cuda, …; default: cuda if there is one."""
     shard_rows: int = 4096
-    """Rows in a shard."""
+    """Rows in a shard, rounded up to whole batches."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the vectors on the disk."""
+    nproc: int | None = None
+    """Processes that compute, each with its share of the cores, or a GPU; default: 1, and with Ray all that it has."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this machine. ray: a Ray cluster."""
+    address: str | None = None
+    """Of the Ray cluster; default: RAY_ADDRESS, or Ray on this machine alone."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the counts as one JSON object."""
 
 
 def main(argv: list[str]) -> int:
     """Embed INPUT and print how many images were done."""
-    args = tyro.cli(Args, args=argv, prog="opendino embed", description=EXAMPLE)
-    from opendino.embed.writer import embed_to_folder
-    from opendino.images.sources import open_source
+    if any(word == "--verify" or word.startswith("--verify=") for word in argv):
+        from opendino.cli.embed_verify import main as verify
 
-    source = open_source(args.input)
-    embedder = make_embedder(
-        args.model, args.weights, size=args.size, batch_size=args.batch, device=args.device, precision=args.precision,
-        fit=args.fit, layers=args.layers, what=args.what.split(","), workers=args.workers,
-    )  # fmt: skip
+        return verify(argv)
+    args = tyro.cli(Args, args=argv, prog="opendino embed", description=EXAMPLE)
+    if args.nproc is not None and args.nproc < 1:
+        raise ConfigError(f"--nproc is {args.nproc}; give the number of processes, 1 or more.")
+    if args.address is not None and args.engine != "ray":
+        raise ConfigError("--address is that of a Ray cluster. Give --engine ray with it.")
     start, before = perf_counter(), -1
-    with images_progress() as bar:
-        task = bar.add_task("embed", total=len(source), rate="", errors=0)
+    with images_progress() as bar, ended_by_sigterm():
+        task = bar.add_task("embed", total=None, rate="", errors=0)
 
         def on_batch(rows: int, errors: int, total: int) -> None:
             nonlocal before
             before = rows if before < 0 else before
             show(bar, task, rows, errors, total, (rows - before) / (perf_counter() - start))
 
-        progress = embed_to_folder(
-            embedder, source, args.out, model_name=args.model, max_errors=args.max_errors,
-            shard_rows=args.shard_rows, on_batch=on_batch,
-        )  # fmt: skip
-    seconds = perf_counter() - start
-    new = progress.count - before
-    figures = {"count": progress.count, "new": new, "errors": progress.errors, "images_per_s": round(new / seconds, 2)}
+        try:
+            progress = run(args, on_batch)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(getattr(stop, "number", 2), args.out) from None
+    tell(args, progress, perf_counter() - start)
+    return 0
+
+
+def run(args: Args, on_batch: Any) -> Any:
+    """Do the job with the engine that is asked for."""
+    job = job_of(args)
+    if args.engine == "ray":
+        from opendino.embed.ray_backend import embed_with_ray
+
+        return embed_with_ray(job, address=args.address, actors=args.nproc, on_batch=on_batch)
+    if (args.nproc or 1) > 1:
+        from opendino.embed.pool import embed_with_processes
+
+        return embed_with_processes(job, args.nproc or 1, on_batch)
+    from opendino.embed.writer import embed_to_folder
+    from opendino.images.sources import open_source
+
+    source = open_source(args.input)
+    return embed_to_folder(
+        job.make_embedder(), source, job.out, model_name=job.model, weights=job.weights, max_errors=job.max_errors,
+        shard_rows=job.shard_rows, dtype=job.dtype, on_batch=on_batch,
+    )  # fmt: skip
+
+
+def job_of(args: Args) -> Any:
+    """Put the arguments in the words that other processes understand."""
+    from opendino.embed.job import Job
+    from opendino.images.locations import as_location
+    from opendino.images.preprocess import parse_size
+
+    embedder = {
+        "size": parse_size(args.size), "batch_size": args.batch, "device": args.device, "precision": args.precision,
+        "fit": args.fit, "layers": args.layers, "what": args.what.split(","), "workers": args.workers,
+    }  # fmt: skip
+    return Job(
+        as_location(args.input), args.model, as_location(args.out), args.weights, embedder, args.shard_rows,
+        args.dtype, args.max_errors,
+    ).absolute()  # fmt: skip
+
+
+def tell(args: Args, progress: Any, seconds: float) -> None:
+    """Print what was done, and what could not be read."""
+    new, bad = progress.count - progress.before, progress.errors
+    figures = {"count": progress.count, "new": new, "errors": bad, "images_per_s": round(new / seconds, 2)}
     if args.json:
         print(json.dumps(figures))
-    else:
-        print(
-            f"{progress.count} images in {args.out} ({new} new, {progress.errors} unreadable), "
-            f"{figures['images_per_s']} images/s"
-        )
-    return 0
+        return
+    rate = figures["images_per_s"]
+    print(f"{progress.count} images in {args.out} ({new} new, {bad} unreadable), {rate} images/s")
+    for path, error in progress.examples:
+        print(f"  {error if error.startswith(path) else f'{path}: {error}'}")
+    if bad:
+        more = f"{bad - len(progress.examples)} more; all" if bad > len(progress.examples) else "All"
+        print(f"  {more} in {args.out / 'errors.csv'}.")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The command was asked to stop; what was computed is on the disk.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int, out: Path) -> None:
+        self.number = number
+        super().__init__(f"Stopped. What was computed is in {out}; the same command goes on from there.")
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM, which batch systems send before they kill, like Ctrl-C."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(number, Path())
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_embedder(model: str, weights: str | None, *, size: str | None = None, **settings: Any) -> Any:
     """Load a model as the command line names it and make its Embedder."""
-    import torch
-
-    from opendino.embed.embedder import Embedder
+    from opendino.embed.job import make_embedder
     from opendino.images.preprocess import parse_size
 
-    if weights == "random":
-        torch.manual_seed(0)  # so that a second call, or one that goes on, has the same model
-    return Embedder(model, weights=weights, size=parse_size(size), **settings)
+    return make_embedder(model, weights, size=parse_size(size), **settings)
 
 
 def images_progress() -> Progress:

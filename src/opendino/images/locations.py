@@ -84,7 +84,7 @@ def expand(pattern: str) -> list[str]:
         if not re.search(r"[*?\[]", place):
             places.append(place)
         elif is_url(place):
-            fs, inner = _filesystem(place)
+            fs, inner = filesystem(place)
             places += sorted(fs.unstrip_protocol(p) for p in fs.glob(inner))
         else:
             places += sorted(glob.glob(place, recursive=True))
@@ -111,7 +111,7 @@ def is_folder(place: str) -> bool:
     """Say whether a place is a folder."""
     if not is_url(place):
         return os.path.isdir(place)
-    fs, inner = _filesystem(place)
+    fs, inner = filesystem(place)
     return bool(fs.isdir(inner))
 
 
@@ -119,26 +119,45 @@ def is_file(place: str) -> bool:
     """Say whether a place is a file."""
     if not is_url(place):
         return os.path.isfile(place)
-    fs, inner = _filesystem(place)
+    fs, inner = filesystem(place)
     return bool(fs.isfile(inner))
 
 
 def walk(root: str) -> Iterator[str]:
-    """Give the files below a folder as "a/b.jpg", hidden ones left out; links to folders are not followed."""
+    """Give the files below a folder as "a/b.jpg", sorted part by part, hidden ones left out.
+
+    Links to folders are not followed. A local folder is listed when its turn comes, so that memory does not grow with
+    the number of files.
+    """
     if is_url(root):
-        fs, inner = _filesystem(root)
+        fs, inner = filesystem(root)
         inner = inner.rstrip("/") + "/"
-        for found in fs.find(inner):
+        names = sorted(fs.find(inner), key=lambda name: name.split("/"))
+        for found in names:
             name = found[len(inner) :] if found.startswith(inner) else found
             if not any(part.startswith(".") for part in name.split("/")):
                 yield name
         return
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        below = os.path.relpath(folder, root).replace(os.sep, "/")
-        for file in files:
-            if not file.startswith("."):
-                yield file if below == "." else f"{below}/{file}"
+    yield from _walk(root, "")
+
+
+def _walk(folder: str, below: str) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as entries:
+            names, folders = [], {}
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    names.append(entry.name)
+                    if entry.is_dir():
+                        folders[entry.name] = entry.is_symlink()
+    except OSError:  # gone meanwhile, or not ours to read
+        return
+    names.sort()
+    for name in names:
+        if name not in folders:
+            yield below + name
+        elif not folders[name]:
+            yield from _walk(os.path.join(folder, name), f"{below}{name}/")
 
 
 def size_and_stamp(place: str) -> tuple[int, str]:
@@ -151,7 +170,7 @@ def size_and_stamp(place: str) -> tuple[int, str]:
         if not is_url(place):
             stat = os.stat(place)
             return stat.st_size, str(stat.st_mtime_ns)
-        fs, inner = _filesystem(place)
+        fs, inner = filesystem(place)
         info = fs.info(inner)
     except OSError as error:
         raise DataError(f"{place} cannot be opened: {error}. Mend the path, the pattern or the list.") from error
@@ -163,14 +182,14 @@ def read_whole(place: str) -> bytes:
     """Give all bytes of a file."""
     if not is_url(place):
         return Path(place).read_bytes()
-    fs, inner = _filesystem(place)
+    fs, inner = filesystem(place)
     return _patiently(place, lambda: bytes(fs.cat_file(inner)))
 
 
 def read_range(place: str, offset: int, size: int) -> bytes:
     """Give `size` bytes of a file from `offset` on, fewer where it ends before."""
     if is_url(place):
-        fs, inner = _filesystem(place)
+        fs, inner = filesystem(place)
         return _patiently(place, lambda: bytes(fs.cat_file(inner, start=offset, end=offset + size)))
     return _handle(place, os.getpid()).read(offset, size)
 
@@ -199,7 +218,7 @@ def open_binary(place: str, block_size: int = 4 << 20) -> Any:
     """Open a file for reading from its beginning on; a remote one is read ahead by `block_size` bytes."""
     if not is_url(place):
         return open(place, "rb", buffering=0)
-    fs, inner = _filesystem(place)
+    fs, inner = filesystem(place)
     return fs.open(inner, "rb", block_size=block_size, cache_type="readahead")
 
 
@@ -236,12 +255,12 @@ def forget_open_files() -> None:
     _handle.cache_clear()
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> tuple[Any, str]:
     """Give fsspec's file system and the path there. fsspec keeps one for each process and thread, so this is cheap."""
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
-        raise MissingExtraError("fsspec", "remote", f"Reading {url}") from error
+        raise MissingExtraError("fsspec", "remote", f"Using {url}") from error
     try:
         fs, inner = url_to_fs(url)
     except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,10 @@ class PackedText:
     @classmethod
     def of(cls, strings: Iterable[str]) -> PackedText:
         """Pack strings."""
-        encoded = [s.encode("utf-8", "surrogateescape") for s in strings]
-        ends = np.zeros(len(encoded) + 1, np.int64)
-        np.cumsum([len(e) for e in encoded], out=ends[1:])
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+        packer = Packer()
+        for string in strings:
+            packer.add(string)
+        return packer.packed()
 
     @classmethod
     def join(cls, parts: list[PackedText]) -> PackedText:
@@ -51,6 +52,9 @@ class PackedText:
         part = self.text[self.ends[index] : self.ends[index + 1]]
         return part.tobytes().decode("utf-8", "surrogateescape")
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
     def add_to(self, digest: Any) -> None:
         """Feed a hash with the strings and where they end."""
         digest.update(np.ascontiguousarray(self.ends, dtype="<i8").data)
@@ -61,3 +65,19 @@ class PackedText:
         digest = hashlib.sha256()
         self.add_to(digest)
         return digest.hexdigest()
+
+
+class Packer:
+    """Packs strings as they come, so that nothing but the packed list grows."""
+
+    def __init__(self) -> None:
+        self._text, self._ends = bytearray(), array("q", [0])
+
+    def add(self, string: str) -> None:
+        """Take one more string."""
+        self._text += string.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._text))
+
+    def packed(self) -> PackedText:
+        """Give the list; nothing can be added after it."""
+        return PackedText(np.frombuffer(self._text, np.uint8), np.frombuffer(self._ends, np.int64))

@@ -11,17 +11,20 @@ import hashlib
 import io
 import logging
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import overload
+from typing import TextIO, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from opendino.errors import DataError, OpendinoError
 from opendino.images import locations
-from opendino.images.packed import PackedText
+from opendino.images.packed import PackedText, Packer
 
 log = logging.getLogger("opendino")
 
@@ -162,9 +165,11 @@ class FileSource(ImageSource):
         labels: class names, one per path.
     """
 
-    def __init__(self, root: str, base: str, paths: Iterable[str], labels: Sequence[str | None]) -> None:
-        self.root, self._base, self._paths = root, base, PackedText.of(paths)
+    def __init__(self, root: str, base: str, paths: Iterable[str], labels: Iterable[str | None]) -> None:
+        self.root, self._base = root, base
+        self._paths = paths if isinstance(paths, PackedText) else PackedText.of(paths)
         self._classes, self._labels = number_classes(labels)
+        assert len(self._labels) == len(self._paths)
         first = self._paths[0] if len(self._paths) else ""
         self.remote = locations.is_url(base) or locations.is_url(first)
 
@@ -198,11 +203,14 @@ class FileSource(ImageSource):
         return self._paths.hash()
 
 
-def number_classes(labels: Sequence[str | None]) -> tuple[list[str], Labels]:
-    """Sort class names and give each image's place among them, -1 for None."""
-    classes = sorted({label for label in labels if label is not None})
-    number: dict[str | None, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
-    return classes, np.fromiter((number[label] for label in labels), np.int32, len(labels))
+def number_classes(labels: Iterable[str | None]) -> tuple[list[str], Labels]:
+    """Sort class names and give each image's place among them, -1 for None; takes the labels one at a time."""
+    met: dict[str, int] = {}
+    ids = array("i", (-1 if label is None else met.setdefault(label, len(met)) for label in labels))
+    classes = sorted(met)
+    place = np.full(len(met) + 1, -1, np.int32)  # the last one is that of -1
+    place[[met[name] for name in classes]] = np.arange(len(classes), dtype=np.int32)
+    return classes, place[np.frombuffer(ids, np.int32)]
 
 
 def open_source(path: str | Path) -> ImageSource:
@@ -244,11 +252,11 @@ def _open(place: str) -> ImageSource:
             "image file."
         )
     if suffix == ".txt":
-        lines = [line for line in map(str.strip, _text(place).splitlines()) if line]
+        lines = PackedText.of(line for line in map(str.strip, _lines(place)) if line)
         base = locations.parent(place)
-        if lines and all(locations.is_tar(line) for line in lines):
+        if len(lines) and all(locations.is_tar(line) for line in lines):
             return _shards(place, [locations.beside(base, line) for line in lines])
-        return _checked(FileSource(place, base, lines, [None] * len(lines)))
+        return _checked(FileSource(place, base, lines, repeat(None, len(lines))))
     if suffix == ".csv":
         return _table(place)
     if locations.is_tar(place) or suffix == ".parquet":
@@ -279,50 +287,71 @@ def _shards(root: str, paths: list[str]) -> ImageSource:
 
 
 def _folder(root: str) -> ImageSource:
-    found = sorted(locations.walk(root), key=lambda name: name.split("/"))
-    kinds: dict[str, list[str]] = {"images": [], "arrays": [], "tar": [], "parquet": []}
-    for name in found:
-        suffix = locations.suffix(name)
-        if suffix in EXTENSIONS:
-            kinds["images"].append(name)
-        elif suffix in ARRAYS:
-            kinds["arrays"].append(name)
-        elif locations.is_tar(name):
-            kinds["tar"].append(name)
-        elif suffix == ".parquet":
-            kinds["parquet"].append(name)
-    taken = next((kind for kind, names in kinds.items() if names), "images")
-    for kind, names in kinds.items():
-        if names and kind != taken:
+    packers = {kind: Packer() for kind in ("images", "arrays", "tar", "parquet")}
+    for name in locations.walk(root):
+        kind = _kind_of(name)
+        if kind:
+            packers[kind].add(name)
+    found = {kind: packer.packed() for kind, packer in packers.items()}
+    taken = next((kind for kind, names in found.items() if len(names)), "images")
+    for kind, names in found.items():
+        if len(names) and kind != taken:
             log.warning("%s is read as a folder of %s; its %d .%s files are left out.", root, taken, len(names),
                         kind.replace("arrays", "npy"))  # fmt: skip
-    names = kinds[taken]
+    names = found[taken]
     if taken in ("tar", "parquet"):
         return _shards(root, [locations.beside(root, n) for n in names])
-    parts = [n.split("/", 1) for n in names]
-    labelled = bool(parts) and all(len(p) > 1 for p in parts)
-    return _checked(FileSource(root, root, names, [p[0] if labelled else None for p in parts]))
+    labelled = len(names) > 0 and all("/" in name for name in names)
+    return _checked(FileSource(root, root, names, (n.split("/", 1)[0] if labelled else None for n in names)))
+
+
+def _kind_of(name: str) -> str | None:
+    suffix = locations.suffix(name)
+    if suffix in EXTENSIONS:
+        return "images"
+    if suffix in ARRAYS:
+        return "arrays"
+    return "tar" if locations.is_tar(name) else "parquet" if suffix == ".parquet" else None
 
 
 def _table(path: str) -> ImageSource:
-    text = _text(path)
-    header = text.split("\n", 1)[0]
-    separator = max(",;\t", key=header.count)
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
-    if not rows or "path" not in rows[0]:
-        columns = list(rows[0]) if rows else []
+    with _opened_text(path) as text:
+        header = text.readline()
+        text.seek(0)
+        rows = csv.DictReader(text, delimiter=max(",;\t", key=header.count))
+        paths, labels, empty = Packer(), Packer(), []
+        for number, row in enumerate(rows, 2):
+            if "path" not in row:
+                break
+            if not row["path"]:
+                empty.append(number)
+            paths.add(row["path"] or "")
+            labels.add(row.get("label") or "")
+    found = paths.packed()
+    if not len(found):
+        columns = list(rows.fieldnames or ())
         raise DataError(f"{path} has the columns {columns}; it needs a header line with `path` (and may have `label`).")
-    empty = [i for i, row in enumerate(rows, 2) if not row["path"]]
     if empty:
         raise DataError(
             f"{path} has no path in line {empty[0]} ({len(empty)} such lines). Fill them in or remove them."
         )
-    labels = [row.get("label") or None for row in rows]
-    return FileSource(path, locations.parent(path), [row["path"] for row in rows], labels)
+    return FileSource(path, locations.parent(path), found, (label or None for label in labels.packed()))
 
 
-def _text(path: str) -> str:
+def _lines(path: str) -> Iterator[str]:
+    with _opened_text(path) as text:
+        yield from text
+
+
+@contextmanager
+def _opened_text(path: str) -> Iterator[TextIO]:
+    """Open a text file line by line, from a disk without reading all of it."""
+    ends = "" if locations.suffix(path) == ".csv" else None
     try:
-        return locations.read_whole(path).decode("utf-8-sig")
+        if locations.is_url(path):
+            yield io.TextIOWrapper(io.BytesIO(locations.read_whole(path)), "utf-8-sig", newline=ends)
+        else:
+            with open(path, encoding="utf-8-sig", newline=ends) as text:
+                yield text
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
