@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-
 from opendino._version import __version__
 from opendino.embed.embedder import Embedder
 from opendino.embed.folder import Folder

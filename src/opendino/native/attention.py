@@ -107,13 +107,13 @@ def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None,
 packed_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.opendino.packed_attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.opendino.packed_attention)
 def _flops(qkv: Any, shapes: Sequence[int], num_heads: int, *args: Any, **kwargs: Any) -> int:
     """Count the two products of the forward pass."""
     return sum(4 * b * n * n * num_heads * HEAD_DIM for b, n in zip(shapes[::2], shapes[1::2], strict=True))
 
 
-@register_flop_formula(torch.ops.opendino.packed_attention_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.opendino.packed_attention_backward)
 def _backward_flops(
     qkv: Any, out: Any, logs: Any, gradient: Any, shapes: Sequence[int], num_heads: int, *args: Any, **kwargs: Any
 ) -> int:

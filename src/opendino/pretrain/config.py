@@ -251,7 +251,9 @@ def _check_stages(config: PretrainConfig) -> None:
         try:
             overridden(config, stage)
         except ValidationError as error:
-            raise ValueError(f"stage {stage.name!r}: " + "; ".join(_explain(e) for e in error.errors())) from None
+            raise ValueError(
+                f"stage {stage.name!r}: " + "; ".join(_explain(e, type(config)) for e in error.errors())
+            ) from None
 
 
 def overridden(config: PretrainConfig, stage: StageSettings) -> PretrainConfig:

@@ -22,11 +22,13 @@ from opendino.distributed.collectives import barrier, broadcast_object, is_main,
 from opendino.distributed.sharding import whole
 from opendino.errors import ConfigError, DataError
 from opendino.images.fingerprint import explain_change, fingerprint
+from opendino.images.sources import ImageSource
 from opendino.models.config import PreprocessSpec
 from opendino.models.vit import VisionTransformer
 from opendino.pretrain.checkpoint import Checkpointer
 from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.data import Batch, make_loader
+from opendino.pretrain.engine import Engine
 from opendino.pretrain.engines import make_engine
 from opendino.pretrain.flops import speed_figures
 from opendino.pretrain.guard import Answer, FeaturesError, Guard
@@ -60,6 +62,9 @@ class Trainer:
         DataError: when the data holds no image or less than one batch.
         ConfigError: when the run folder belongs to a run with other settings, or the batch cannot be shared out.
     """
+
+    engine: Engine
+    source: ImageSource
 
     def __init__(
         self, config: PretrainConfig, *, probe: Probe | None = None, on_step: Callable[[Record], None] | None = None
