@@ -92,7 +92,8 @@ def warm_heads(config: PretrainConfig, quiet: bool = False) -> None:
     if is_trained(warm):
         return
     if place_of(os.environ).rank == 0:
-        RunFolder(config)  # so that `opendino resume` knows what this folder is
+        # So that `opendino resume` knows what this folder is. With heads of its own the teacher gives prototypes.
+        RunFolder(config.model_copy(update={"mode": "paper"}))
         if not quiet:
             print(f"Training heads for {config.teacher} over {warm.steps} steps in {warm.out} first.", file=sys.stderr)
     run(warm, quiet, stay=True)
