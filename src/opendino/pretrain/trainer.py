@@ -395,6 +395,7 @@ class Trainer:
 
     def _switch(self) -> None:
         """Go on to the next stage with everything that was learned; both engines are in memory for a moment."""
+        self.checkpointer.finish()  # so that the new engine sees a run that has one, and does not begin from weights
         if self.folder:
             self.folder.keep_weights(self.stage.name)
         old = self.engine
