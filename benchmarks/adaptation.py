@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What continuing from a trained backbone gives on another kind of images: 500 of them, 20 000 grey, four channels.
+"""What continuing from a trained backbone gives on another kind of images: 500, 20 000 grey, four channels, and many.
 
-    nice -n 10 python benchmarks/adaptation.py --sets SETS --start RUN --out WORK
+    nice -n 10 python benchmarks/adaptation.py --sets SETS --start RUN --many LIST --out WORK
     python benchmarks/adaptation.py --out WORK --picture docs/pictures/adaptation.png
 
 SETS is what benchmarks/real_sets/build.py made, RUN a run of vitt14_mixture. Every arm is a run of `opendino pretrain`
@@ -45,10 +45,13 @@ ARMS: dict[str, tuple[str, list[str] | None]] = {
     "grey: from scratch": ("grey", None),
     "depth: from scratch": ("depth", None),
     "few: continued, new heads": ("few", ["--init.heads", "new"]),
+    "many: continued": ("many", []),
+    "many: from scratch": ("many", None),
 }
 """Kind of images, and flags beside --init; None starts at random."""
 CHANNELS = {
     "few": (3, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "many": (3, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "grey": (1, [0.449], [0.226]),
     "depth": (4, [0.449] * 4, [0.226] * 4),
 }
@@ -113,6 +116,14 @@ def build_depth(rooms: Path, out: Path) -> None:
                 np.save(folder / f"{stem}_{name}.npy", np.ascontiguousarray(pixels[box[0] : box[1], box[2] : box[3]]))
                 count += 1
     write_list(sorted((out / "probe" / "train").glob("*/*")), out)
+
+
+def build_many(listed: Path, out: Path) -> None:
+    """All images of a list, each once; the queries are those of `few`."""
+    (out / "many").mkdir(exist_ok=True)
+    write_list([Path(line) for line in sorted(set(listed.read_text().splitlines()))], out / "many")
+    if not (out / "many" / "probe").exists():
+        shutil.copytree(out / "few" / "probe", out / "many" / "probe")
 
 
 def copy_classes(paths: list[Path], folder: Path) -> None:
@@ -221,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=Path)
     parser.add_argument("--start", type=Path)
+    parser.add_argument("--many", type=Path, help="list of many images, such as open_model/train.py writes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--only", nargs="*", choices=list(ARMS), default=list(ARMS), metavar="ARM")
@@ -229,8 +241,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.sets and args.start:
         build(args.sets, args.out / "kinds")
+        if args.many:
+            build_many(args.many, args.out / "kinds")
         for name in args.only:
-            if name not in [line["arm"] for line in results(args.out)]:
+            if ARMS[name][0] == "many" and not args.many:
+                print(f"{name}: left out, there is no --many", flush=True)
+            elif name not in [line["arm"] for line in results(args.out)]:
                 line = json.dumps(run_arm(name, args.start, args.out, args.steps))
                 with (args.out / "results.jsonl").open("a") as file:
                     file.write(line + "\n")
