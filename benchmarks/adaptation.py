@@ -211,8 +211,14 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = {"few": "500 drawings", "grey": "20 000 grey photographs", "depth": "colour and depth"}
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), dpi=90)
+    titles = {
+        "few": "500 drawings",
+        "grey": "20 000 grey photographs",
+        "depth": "colour and depth",
+        "many": "many images",
+    }
+    kinds = {k: title for k, title in titles.items() if any(line["arm"].startswith(k) for line in lines)}
+    figure, axes = plt.subplots(1, len(kinds), figsize=(10, 3), dpi=90)
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
         for line in lines:
             if line["arm"].startswith(kind):
