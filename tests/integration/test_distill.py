@@ -30,7 +30,11 @@ def distill(setting, out, *extra, steps=12):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "extra", [("--mode", "paper"), ("--mode", "features", "--views", "2", "--cache-teacher", "CACHE")]
+    "extra",
+    [
+        ("--mode", "paper"),
+        pytest.param(("--mode", "features", "--views", "2", "--cache-teacher", "CACHE"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_distillation_that_is_killed_ends_as_one_that_is_not(extra, setting, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -50,6 +54,7 @@ def test_a_distillation_that_is_killed_ends_as_one_that_is_not(extra, setting, t
     assert same_weights(cut, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", ["paper", "features"])
 def test_two_processes_learn_the_same(mode, setting, tmp_path):
@@ -62,6 +67,7 @@ def test_two_processes_learn_the_same(mode, setting, tmp_path):
         assert losses(two)[step] == pytest.approx(loss, abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_heads_are_trained_first_also_after_a_kill(setting, tmp_path):
     images, teacher = setting

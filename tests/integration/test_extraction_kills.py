@@ -86,6 +86,7 @@ def kill_workers_of_one_run(tmp_path, count, kills):
     check_whole(cut, whole, names)
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.timeout(300)
 def test_a_killed_worker_is_replaced_and_its_range_redone(tmp_path):
