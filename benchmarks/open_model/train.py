@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train the stages of `vitt14_open` on images whose licences allow it; go on after a kill, or in another session.
+"""Pre-train the stages of `vitt14_open` on images whose licences allow it; go on after a kill, or another day.
 
     python benchmarks/open_model/build.py --out SETS
     nice python benchmarks/open_model/train.py --sets SETS --out RUNS --stage 1
