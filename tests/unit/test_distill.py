@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import opendino
+from opendino.cli import distill as cli
 from opendino.errors import ConfigError, WeightsError
 from opendino.models.config import ViTConfig
 from opendino.models.vit import VisionTransformer
@@ -637,3 +638,26 @@ def test_defaults_follow_from_teacher_and_student(tmp_path, images):
 def test_a_distillation_in_stages_is_refused():
     with pytest.raises(ConfigError, match="has no stages"):
         parse_config("{teacher: vits14, stages: [{name: a, steps: 5}]}", "settings")
+
+
+def test_a_student_starts_from_weights(images, tmp_path):
+    start = make_teacher(tmp_path / "start", heads=False, dim=12, seed=5)
+    config = settings(
+        make_teacher(tmp_path / "teacher"),
+        model={"depth": 2},
+        init={"weights": str(start)},
+        data=str(images),
+        out=str(tmp_path / "run"),
+    )
+    trainer = Trainer(config)
+    given = load_file(start / "weights" / "teacher.safetensors")
+    for network in (trainer.model.student, trainer.model.teacher):
+        state = network["backbone"].state_dict()
+        assert all(torch.equal(state[k], v) for k, v in given.items())
+    assert all(v.isfinite().all() for v in weights(train(config)).values())
+
+
+def test_init_is_short_for_its_weights(monkeypatch):
+    monkeypatch.setattr(cli, "distill_defaults", lambda *args, **kwargs: DistillConfig(teacher="a"))
+    argv = ["--teacher", "a", "--student", "vits14", "--data", "b", "--out", "c", "--init", "start.safetensors"]
+    assert cli.read_arguments(argv)[0].init.weights == "start.safetensors"

@@ -10,7 +10,7 @@ import tyro
 from pydantic import Field
 
 from opendino.cli.launching import start_processes
-from opendino.cli.pretrain import _value_of, run
+from opendino.cli.pretrain import run, value_of, with_long_init
 from opendino.errors import ConfigError
 from opendino.pretrain.config import PretrainConfig, with_steps
 from opendino.pretrain.distill.config import TIMM, DistillConfig
@@ -38,20 +38,21 @@ class DistillArguments(DistillConfig):
 
 def read_arguments(argv: list[str]) -> tuple[DistillConfig, DistillArguments]:
     """Resolve recipe, teacher and student, and the flags that override them."""
-    teacher, student = _value_of("--teacher", argv) or "", _value_of("--student", argv) or "vits14"
-    mode = _value_of("--mode", argv)
+    argv = with_long_init(argv)
+    teacher, student = value_of("--teacher", argv) or "", value_of("--student", argv) or "vits14"
+    mode = value_of("--mode", argv)
     helping = "-h" in argv or "--help" in argv
     base = DistillConfig()
     if teacher and not helping:
         base = distill_defaults(
             teacher,
             student,
-            recipe=_value_of("--recipe", argv),
-            heads=_value_of("--teacher-heads", argv),
+            recipe=value_of("--recipe", argv),
+            heads=value_of("--teacher-heads", argv),
             mode=mode if mode in ("paper", "features") else "auto",  # type: ignore[arg-type]
-            warm=(_value_of("--warm-heads", argv) or "0") != "0",
+            warm=(value_of("--warm-heads", argv) or "0") != "0",
         )
-    steps = _value_of("--steps", argv)
+    steps = value_of("--steps", argv)
     if steps is not None and steps.isdigit() and int(steps) > 0:
         resized = with_steps(base, int(steps))
         assert isinstance(resized, DistillConfig)

@@ -46,16 +46,16 @@ class PretrainArguments(PretrainConfig):
 
 def read_arguments(argv: list[str]) -> tuple[PretrainConfig, PretrainArguments]:
     """Resolve a recipe and the flags that override it; give the settings, and all that was asked for."""
-    argv = [f"--init.weights{word[6:]}" if word.split("=")[0] == "--init" else word for word in argv]
-    base = load_recipe(_value_of("--recipe", argv) or "vits14")
-    steps = _value_of("--steps", argv)
+    argv = with_long_init(argv)
+    base = load_recipe(value_of("--recipe", argv) or "vits14")
+    steps = value_of("--steps", argv)
     if steps is not None and steps.isdigit() and int(steps) > 0:
         base = with_steps(base, int(steps))
-    weights = _value_of("--init.weights", argv)
+    weights = value_of("--init.weights", argv)
     if weights is not None:
         base = base.model_copy(update={"init": base.init.model_copy(update={"weights": weights})})
     if base.init.weights and not {"-h", "--help"} & set(argv):
-        heads = _value_of("--model.num-heads", argv) or ""
+        heads = value_of("--model.num-heads", argv) or ""
         base = with_start(base, int(heads) if heads.isdigit() else None)
     arguments = tyro.cli(
         PretrainArguments, args=argv, default=PretrainArguments(**dict(base)),
@@ -68,7 +68,13 @@ def read_arguments(argv: list[str]) -> tuple[PretrainConfig, PretrainArguments]:
     return (fitted(config) if config.init.weights else config), arguments
 
 
-def _value_of(flag: str, argv: list[str]) -> str | None:
+def with_long_init(argv: list[str]) -> list[str]:
+    """Write --init as what it stands for, --init.weights."""
+    return [f"--init.weights{word[6:]}" if word.split("=")[0] == "--init" else word for word in argv]
+
+
+def value_of(flag: str, argv: list[str]) -> str | None:
+    """Give what follows a flag, before the command line is read as a whole; None without the flag."""
     for i, word in enumerate(argv):
         if word == flag and i + 1 < len(argv):
             return argv[i + 1]

@@ -35,7 +35,7 @@ static inline uint16_t to_bf16(float x) {  // to the nearest, ties to even; NaN 
 }
 
 // Adds a branch (bf16) to the residual stream (fp32), in place, and gives the LayerNorm of the sum in bf16.
-// branch may be NULL: then only the LayerNorm. Rows that one call of several threads takes come from `next`.
+// branch may be NULL: then only the LayerNorm.
 void add_and_normalize(float *stream, const uint16_t *branch, const float *weight, const float *bias, uint16_t *normal,
                        int64_t rows, int64_t dim, float eps) {
     for (int64_t r = 0; r < rows; r++) {

@@ -146,7 +146,7 @@ class PreparedBlock:
         self.norm1, self.norm2 = Norm(block.norm1, library), Norm(block.norm2, library)
         head_dim = attn.qkv.in_features // self.num_heads
         own = library is not None and head_dim == attention.HEAD_DIM and attention.attention_supported(library)
-        self.attend: Callable[[Tensor], Tensor] = self._kernel if own else self._explain
+        self.attend: Callable[[Tensor], Tensor] = self._by_kernel if own else self._by_torch
 
     def __call__(self, stream: Tensor, branch: Tensor | None, tokens: int) -> Tensor:
         """Add `branch` to the residual stream, in place, then the attention; give the feed-forward's branch.
@@ -164,11 +164,11 @@ class PreparedBlock:
         gate, value = self.fc1(x).chunk(2, -1)
         return self.fc2(F.silu(gate) * value)
 
-    def _kernel(self, qkv: Tensor) -> Tensor:
+    def _by_kernel(self, qkv: Tensor) -> Tensor:
         assert self.library is not None
         return attention.attend(self.library, qkv, self.num_heads, torch.get_num_threads())
 
-    def _explain(self, qkv: Tensor) -> Tensor:
+    def _by_torch(self, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
