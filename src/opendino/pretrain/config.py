@@ -99,6 +99,9 @@ class LossSettings(Settings):
     dino_weight: float = Field(1.0, ge=0)
     ibot_weight: float = Field(1.0, ge=0)
     koleo_weight: float = Field(0.1, ge=0)
+    hog_weight: float = Field(
+        0.0, ge=0, description="of predicting gradients and colours (opendino.pretrain.hog); not part of DINOv2"
+    )
     centering: Literal["sinkhorn", "moving"] = "sinkhorn"
     student_temp: float = Field(0.1, gt=0)
     teacher_temp: float = Field(0.07, gt=0)

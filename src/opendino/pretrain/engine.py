@@ -24,7 +24,7 @@ from opendino.images.sources import ImageSource
 from opendino.models.vit import VisionTransformer
 from opendino.pretrain.checkpoint import list_checkpoints
 from opendino.pretrain.config import PretrainConfig
-from opendino.pretrain.data import Batch
+from opendino.pretrain.data import Batch, PretrainDataset
 from opendino.pretrain.depth import DepthDraws
 from opendino.pretrain.device import LossScale, choose_precision
 from opendino.pretrain.flops import model_flops_per_image
@@ -47,6 +47,8 @@ from opendino.pretrain.student_teacher import Crops, StudentTeacher, Targets
 from opendino.pretrain.telemetry import Telemetry
 
 INIT_STREAM = 3
+HOG_IMAGES, HOG_BATCH = 2048, 64
+"""Images whose crops the components of `loss.hog_weight` are found in, and how many are held decoded."""
 
 
 class Engine:
@@ -105,7 +107,9 @@ class Engine:
         return ""
 
     def begin(self, source: ImageSource) -> None:
-        """Hear which images the run has, before its first step."""
+        """Hear which images the run has, before its first step or before a checkpoint is loaded."""
+        if self.model.hog is not None:
+            self.model.hog.fit(self._some_crops(source))
 
     @property
     def loader_options(self) -> dict[str, Any]:
@@ -194,6 +198,17 @@ class Engine:
             share=m.share,
         )
         return Crops(global_crops, local_crops, masks.to(self.device))
+
+    def _some_crops(self, source: ImageSource) -> Tensor:
+        """Cut global crops of images from all over a source, normalised, (2·n, C, g, g); the same in every process."""
+        crops = self.config.crops.model_copy(update={"num_local": 0})
+        dataset = PretrainDataset(source, crops, seed=self.config.seed, channels=self.config.model.in_chans)
+        wanted = torch.linspace(0, len(source) - 1, min(HOG_IMAGES, len(source))).long().unique().tolist()
+        found = []
+        for start in range(0, len(wanted), HOG_BATCH):
+            batch = dataset.__getitems__([(i, i) for i in wanted[start : start + HOG_BATCH]])
+            found.append(apply_photometric(batch.global_crops, batch.global_params, crops))
+        return torch.cat(found).to(self.device)
 
     def _backward(self, micro_batches: list[Crops], targets: list[Targets], step: int) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)

@@ -62,6 +62,11 @@ def timeline(config: PretrainConfig) -> tuple[Stage, ...]:
     for number, s in enumerate(config.stages):
         stretch += first in begins
         settings = overridden(with_steps(base, lengths[stretch]), s)
+        if bool(settings.loss.hog_weight) is not bool(config.loss.hog_weight):
+            raise ConfigError(
+                f"Stage {s.name!r} has loss.hog_weight {settings.loss.hog_weight:g} and the recipe "
+                f"{config.loss.hog_weight:g}; its targets are kept in the run, so all stages must have them or none."
+            )
         found.append(Stage(number, s.name, first, first + s.steps, settings, begins[stretch], s.resume_optimizer))
         first += s.steps
     return tuple(found)

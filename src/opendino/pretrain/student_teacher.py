@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from opendino.errors import ConfigError
 from opendino.models.registry import get_config
 from opendino.models.vit import DepthPlan, VisionTransformer
 from opendino.pretrain.centering import MovingCenter, TargetRows, sinkhorn_offsets
 from opendino.pretrain.config import LossSettings, PretrainConfig
 from opendino.pretrain.cross_entropy import RowLoss
 from opendino.pretrain.heads import DINOHead
+from opendino.pretrain.hog import HogTargets
 from opendino.pretrain.losses import koleo_loss, mask_weights
 
 
@@ -111,6 +113,7 @@ class StudentTeacher(nn.Module):
             block.drop_path_rate = 0.0
         k = config.heads.num_prototypes
         self.centers = nn.ModuleDict({"dino": MovingCenter(k), "ibot": MovingCenter(k)})
+        self.hog = make_hog(config) if config.loss.hog_weight else None
 
     def make_student(self, config: PretrainConfig) -> nn.ModuleDict:
         """Build what is trained: "backbone" and heads."""
@@ -190,6 +193,9 @@ class StudentTeacher(nn.Module):
             koleo = torch.stack([koleo_loss(group) for group in cls.chunk(2)]).sum()
             total = total + self.settings.koleo_weight * koleo
             parts["koleo"] = koleo.detach()
+        if self.hog is not None:
+            hog, more = self.hog.loss(cls, patches, crops.global_crops, crops.looked_at)
+            total, parts = total + self.settings.hog_weight * hog, parts | more
         return total, parts
 
     def notice_student(self, cls: Tensor, targets: Targets) -> None:
@@ -236,6 +242,19 @@ def dino_rows(targets: TargetRows, num_global: int, num_local: Sequence[int], fa
     for count in num_local:
         result.append(rows(torch.stack([image, image + images], 1).repeat(count // images, 1)))
     return result
+
+
+def make_hog(config: PretrainConfig) -> HogTargets:
+    """Make the targets of `loss.hog_weight`, without their components.
+
+    Raises:
+        ConfigError: for images that are not of three channels.
+    """
+    crops = config.crops
+    if len(crops.mean) != 3:
+        raise ConfigError(f"loss.hog_weight needs images of 3 channels, got {len(crops.mean)}. Set it to 0.")
+    backbone = get_config(config.model.arch, **backbone_config(config))
+    return HogTargets(backbone.embed_dim, backbone.patch_size, crops.mean, crops.std)
 
 
 def backbone_config(config: PretrainConfig) -> dict[str, object]:

@@ -38,6 +38,12 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             ("feature_cls", "feature_patch"),
             "Distance of the student's tokens from the teacher's: 1 − cosine, and for patches a share of smooth L1.",
         ),
+        Panel(
+            "Gradients and colours",
+            "1 − cosine",
+            ("hog_cls", "hog_patch"),
+            "Distance from the histograms that cls tokens and masked patches predict.",
+        ),
         Panel("KoLeo", "nats", ("koleo",), "Falls as the features of a batch spread."),
     ),
     "What is learned": (

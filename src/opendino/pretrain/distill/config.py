@@ -54,6 +54,8 @@ class DistillConfig(PretrainConfig):
     def _check_distillation(self) -> DistillConfig:
         if self.stages:
             raise ValueError("a distillation has no stages; for larger crops start another from the first, by --init")
+        if self.loss.hog_weight:
+            raise ValueError("a distillation learns from its teacher alone; set loss.hog_weight to 0")
         if self.cache_teacher and not self.views:
             raise ValueError("cache_teacher needs fixed augmentations: set views to how many each image gets, e.g. 4")
         if self.timm_name and self.sharding == "fsdp":

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Histograms of gradients and colours as further targets of the student, for runs of few images.
+
+MaskFeat (Wei et al. 2022) has masked patches predict histograms of oriented gradients. Here a cls token also predicts
+those of its whole crop, and colours go with gradients. Principal components of the descriptors, as many as the backbone
+is wide and half whitened, are compared with the tokens themselves by cosine, without a head: near tokens then mean near
+descriptors from the first steps on. None of it is part of DINOv2; `loss.hog_weight` is 0 unless a recipe says so.
+
+Shapes: B crops, C channels, P = g·g patches, D width, F numbers of a descriptor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DIRECTIONS, LEVELS = 9, 4
+"""Unsigned directions of 20 degrees each; levels per colour channel."""
+CELLS, QUARTERS, CLIP, EPS = 8, 2, 0.2, 1e-5
+"""Cells and colour fields a side of a crop; bounds of Dalal and Triggs' block normalisation (2005)."""
+SUBCELLS = 2
+"""Cells a side of a patch."""
+WHITENING = 0.5
+"""Power of the standard deviation that a component is divided by."""
+
+
+def crop_descriptors(rgb: Tensor) -> Tensor:
+    """Describe whole crops: blocks of 2×2 cells of gradients, and colours of each quarter, of equal weight.
+
+    Args:
+        rgb: (B, 3, H, W), 0 to 1.
+
+    Returns:
+        (B, 7·7·36 + 4·64) of length one, fp32.
+    """
+    cells = _directions(rgb, CELLS).unflatten(1, (CELLS, CELLS))  # (B, 8, 8, 9)
+    side = CELLS - 1
+    corners = [cells[:, i : i + side, j : j + side] for i in (0, 1) for j in (0, 1)]
+    blocks = torch.cat(corners, -1).flatten(1, 2)
+    blocks = _bounded_length(_bounded_length(blocks).clamp(max=CLIP)).flatten(1)
+    colours = _colours(rgb, QUARTERS).sqrt().flatten(1)
+    return F.normalize(torch.cat([F.normalize(blocks, dim=1), F.normalize(colours, dim=1)], 1), dim=1)
+
+
+def patch_descriptors(rgb: Tensor, patch_size: int) -> Tensor:
+    """Describe patches: gradients of 2×2 cells and colours of the patch, and the mean of its 3×3 neighbourhood.
+
+    Args:
+        rgb: (B, 3, g·patch_size, g·patch_size), 0 to 1.
+        patch_size: side of a patch, pixels.
+
+    Returns:
+        (B, P, 2 · (36 + 64)), fp32.
+    """
+    side = rgb.shape[-1] // patch_size
+    fine = _directions(rgb, side * SUBCELLS).unflatten(1, (side, SUBCELLS, side, SUBCELLS))
+    gradients = _bounded_length(fine.permute(0, 1, 3, 2, 4, 5).flatten(3))  # (B, g, g, 36)
+    colours = _colours(rgb, side).sqrt().unflatten(1, (side, side))
+    own = torch.cat([gradients, F.normalize(colours, dim=-1)], -1).permute(0, 3, 1, 2)
+    around = F.avg_pool2d(own, 3, 1, 1, count_include_pad=False)
+    return torch.cat([own, around], 1).flatten(2).transpose(1, 2)
+
+
+class Components(nn.Module):
+    """Principal components of descriptors, half whitened.
+
+    Args:
+        features: F.
+        width: D; components that there are not stay zero.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    """(F,) and (F, D)."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("basis", torch.zeros(features, width))
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor) -> None:
+        """Find them in descriptors (n, F)."""
+        mean = rows.double().mean(0)
+        centred = rows.double() - mean
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
+        number = min(self.basis.shape)
+        scale = values[-number:].clamp_min(values[-1] * 1e-6).sqrt()
+        # Largest first; eigenvectors have no sign of their own, so their largest entry is made positive.
+        vectors = vectors[:, -number:].flip(1)
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+        self.mean.copy_(mean)
+        self.basis.zero_()[:, :number] = (vectors / scale.flip(0).pow(WHITENING)).float()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Turn descriptors (…, F) into targets (…, D)."""
+        return (rows - self.mean) @ self.basis
+
+
+class HogTargets(nn.Module):
+    """The targets of one backbone, and their loss. The components are found once and kept in checkpoints.
+
+    Args:
+        width: D.
+        patch_size: side of a patch, pixels.
+        mean: that crops are normalised with, three values.
+        std: likewise.
+    """
+
+    crop_components: Components
+    patch_components: Components
+
+    def __init__(self, width: int, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        blocks = (CELLS - 1) ** 2 * 4 * DIRECTIONS
+        self.crop_components = Components(blocks + QUARTERS**2 * LEVELS**3, width)
+        self.patch_components = Components(2 * (SUBCELLS**2 * DIRECTIONS + LEVELS**3), width)
+        self.register_buffer("colour_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("colour_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def fit(self, crops: Tensor) -> None:
+        """Find the components in normalised crops (B, 3, H, W)."""
+        rgb = self._rgb(crops)
+        self.crop_components.fit(crop_descriptors(rgb))
+        self.patch_components.fit(patch_descriptors(rgb, self.patch_size).flatten(0, 1))
+
+    def loss(self, cls: Tensor, patches: Tensor, crops: Tensor, looked_at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give 1 − cosine of cls tokens and their crops', and of patch tokens and their patches' targets.
+
+        Args:
+            cls: (B, D).
+            patches: (M, D), those of `looked_at` in row-major order.
+            crops: (B, 3, H, W), normalised.
+            looked_at: bool (B, P).
+
+        Returns:
+            The sum of both means, and the two as "hog_cls" and "hog_patch", detached.
+        """
+        with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):
+            rgb = self._rgb(crops)
+            whole = self.crop_components(crop_descriptors(rgb))
+            parts = self.patch_components(patch_descriptors(rgb, self.patch_size)[looked_at])
+        losses = {"hog_cls": _distance(cls, whole), "hog_patch": _distance(patches, parts)}
+        return torch.stack(list(losses.values())).sum(), {k: v.detach() for k, v in losses.items()}
+
+    def _rgb(self, crops: Tensor) -> Tensor:
+        mean, std = cast(Tensor, self.colour_mean), cast(Tensor, self.colour_std)
+        return (crops.float() * std + mean).clamp(0, 1)
+
+
+def _distance(tokens: Tensor, targets: Tensor) -> Tensor:
+    if not len(tokens):
+        return tokens.float().sum()
+    return (1 - F.cosine_similarity(tokens.float(), targets, dim=-1)).mean()
+
+
+def _directions(rgb: Tensor, side: int) -> Tensor:
+    """Add up gradient lengths per cell and direction: (B, side·side, 9)."""
+    red, green, blue = rgb.unbind(1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    rows, columns = torch.zeros_like(grey), torch.zeros_like(grey)
+    rows[:, 1:-1] = grey[:, 2:] - grey[:, :-2]
+    columns[:, :, 1:-1] = grey[:, :, 2:] - grey[:, :, :-2]
+    turn = torch.atan2(rows, columns).remainder(math.pi) * (DIRECTIONS / math.pi)
+    return _histograms(turn.long().clamp_(max=DIRECTIONS - 1), torch.hypot(rows, columns), side, DIRECTIONS)
+
+
+def _colours(rgb: Tensor, side: int) -> Tensor:
+    """Count the pixels of each of 4·4·4 colours per field: (B, side·side, 64)."""
+    red, green, blue = (rgb * LEVELS).long().clamp_(max=LEVELS - 1).unbind(1)
+    return _histograms((red * LEVELS + green) * LEVELS + blue, torch.ones_like(rgb[:, 0]), side, LEVELS**3)
+
+
+def _histograms(number: Tensor, weight: Tensor, side: int, size: int) -> Tensor:
+    """Add up weights per field and number: both (B, H, W) → (B, side·side, size), as shares of a mean field."""
+    batch, height, width = number.shape
+    row = torch.arange(height, device=number.device) * side // height
+    column = torch.arange(width, device=number.device) * side // width
+    place = (row[:, None] * side + column) * size + number
+    total = weight.new_zeros(batch, side * side * size)
+    total.scatter_add_(1, place.flatten(1), weight.flatten(1))
+    return total.unflatten(1, (side * side, size)) * (side * side / (height * width))
+
+
+def _bounded_length(x: Tensor) -> Tensor:
+    """Scale rows to length one; short ones stay short."""
+    out: Tensor = x / (x.square().sum(-1, keepdim=True) + EPS**2).sqrt()
+    return out

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Histograms of gradients and colours against a loop over pixels, components against numpy, and a run with them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opendino.errors import ConfigError
+from opendino.images.sources import open_source
+from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config
+from opendino.pretrain.engine import Engine
+from opendino.pretrain.hog import Components, HogTargets, crop_descriptors, patch_descriptors
+from opendino.pretrain.stages import timeline
+from opendino.pretrain.student_teacher import StudentTeacher
+from opendino.pretrain.trainer import Trainer
+
+
+def pictures(number=3, side=28, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).random((number, 3, side, side), np.float32))
+
+
+def slow_cells(image, side):
+    """Gradient lengths by field and direction, one pixel at a time."""
+    grey = np.tensordot([0.299, 0.587, 0.114], image, 1)
+    h, w = grey.shape
+    found = np.zeros((side, side, 9))
+    for i in range(h):
+        for j in range(w):
+            rows = grey[i + 1, j] - grey[i - 1, j] if 0 < i < h - 1 else 0.0
+            columns = grey[i, j + 1] - grey[i, j - 1] if 0 < j < w - 1 else 0.0
+            number = min(int(math.degrees(math.atan2(rows, columns)) % 180 / 20), 8)
+            found[i * side // h, j * side // w, number] += math.hypot(rows, columns)
+    return found * side * side / (h * w)
+
+
+def slow_colours(image, side):
+    h, w = image.shape[1:]
+    found = np.zeros((side, side, 64))
+    for i in range(h):
+        for j in range(w):
+            red, green, blue = (min(int(v * 4), 3) for v in image[:, i, j])
+            found[i * side // h, j * side // w, 16 * red + 4 * green + blue] += side * side / (h * w)
+    return found
+
+
+def bounded(x):
+    return x / math.sqrt((x**2).sum() + 1e-10)
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
+
+
+@pytest.mark.parametrize("side", [28, 56])
+def test_crop_descriptors_equal_a_loop(side):
+    images = pictures(side=side)
+    for image, found in zip(images.double().numpy(), crop_descriptors(images).numpy()):
+        cells = slow_cells(image, 8)
+        blocks = []
+        for i in range(7):
+            for j in range(7):
+                block = np.concatenate([cells[i + a, j + b] for a in (0, 1) for b in (0, 1)])
+                blocks.append(bounded(np.minimum(bounded(block), 0.2)))
+        colours = np.sqrt(slow_colours(image, 2)).ravel()
+        wanted = unit(np.concatenate([unit(np.concatenate(blocks)), unit(colours)]))
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+def test_patch_descriptors_equal_a_loop():
+    images = pictures(side=42)
+    for image, found in zip(images.double().numpy(), patch_descriptors(images, 14).numpy()):
+        fine, colours = slow_cells(image, 6), slow_colours(image, 3)
+        own = np.zeros((3, 3, 100))
+        for i in range(3):
+            for j in range(3):
+                four = [fine[2 * i + a, 2 * j + b] for a in (0, 1) for b in (0, 1)]
+                own[i, j] = np.concatenate([bounded(np.concatenate(four)), unit(np.sqrt(colours[i, j]))])
+        for i in range(3):
+            for j in range(3):
+                around = own[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].reshape(-1, 100).mean(0)
+                np.testing.assert_allclose(found[3 * i + j], np.concatenate([own[i, j], around]), atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [6, 20])
+def test_components_are_half_whitened_principal_components(width):
+    rows = np.random.default_rng(1).normal(size=(200, 12)) @ np.diag(np.arange(12, 0, -1)) + 3
+    found = Components(12, width)
+    found.fit(torch.from_numpy(rows))
+    centred = rows - rows.mean(0)
+    _, values, vectors = np.linalg.svd(centred, full_matrices=False)
+    number = min(width, 12)
+    scores = centred @ vectors[:number].T / np.sqrt(values[:number] / math.sqrt(len(rows)))
+    got = found(torch.from_numpy(rows).float()).numpy()
+    np.testing.assert_allclose(np.abs(got[:, :number]), np.abs(scores), atol=1e-4)
+    assert not got[:, number:].any()
+    again = Components(12, width)
+    again.fit(torch.from_numpy(rows))
+    assert torch.equal(again.basis, found.basis)
+
+
+def test_the_loss_is_the_distance_from_the_targets_of_the_crops_as_they_are_seen():
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    targets = HogTargets(16, 14, mean, std)
+    rgb = pictures(8)
+    seen = (rgb - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    targets.fit(seen)
+    looked_at = torch.zeros(8, 4, dtype=torch.bool)
+    looked_at[0, 1] = looked_at[5, 3] = True
+    cls, patches = torch.randn(8, 16, requires_grad=True), torch.randn(2, 16)
+    total, parts = targets.loss(cls, patches, seen, looked_at)
+    whole = targets.crop_components(crop_descriptors(rgb))
+    by_patch = targets.patch_components(patch_descriptors(rgb, 14))
+    wanted = (1 - torch.nn.functional.cosine_similarity(cls, whole)).mean()
+    wanted_patch = (1 - torch.nn.functional.cosine_similarity(patches, by_patch[[0, 5], [1, 3]])).mean()
+    torch.testing.assert_close(parts["hog_cls"], wanted.detach())
+    torch.testing.assert_close(parts["hog_patch"], wanted_patch)
+    torch.testing.assert_close(total, wanted + wanted_patch)
+    total.backward()
+    assert cls.grad.abs().sum() > 0
+    nothing = torch.zeros_like(looked_at)
+    assert targets.loss(cls, patches[:0], seen, nothing)[1]["hog_patch"] == 0
+
+
+SMALL = """
+model: {{arch: vits14, embed_dim: 16, depth: 2, num_heads: 2, init_values: 1.0, in_chans: {chans}}}
+crops: {{global_size: 28, local_size: 14, num_local: 0, mean: {mean}, std: {mean}}}
+heads: {{num_prototypes: 8, hidden_dim: 8, bottleneck_dim: 4}}
+loss: {{hog_weight: {weight}}}
+optim: {{lr: 1.0e-3, lr_rule: none, warmup_steps: 1}}
+steps: 6
+batch_size: 4
+num_workers: 0
+"""
+
+
+def settings(weight=2.0, chans=3, **more):
+    text = SMALL.format(weight=weight, chans=chans, mean=[0.5] * chans)
+    return parse_config(text, "test").model_copy(update=more)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)).save(
+            tmp_path / "images" / f"{i}.png"
+        )
+    return tmp_path
+
+
+def test_a_run_learns_the_targets_and_keeps_them_in_its_checkpoint(folder):
+    records = []
+    config = settings(data=str(folder / "images"), out=str(folder / "run"), steps=30, probe_every=100)
+    trainer = Trainer(config, on_step=records.append)
+    before = {k: v.clone() for k, v in trainer.engine.tensors().items() if ".hog." in k}
+    trainer.train()
+    assert before["model.hog.crop_components.basis"].abs().sum() > 0
+    assert records[-1]["hog_cls"] < records[0]["hog_cls"] - 0.05
+    assert all(torch.equal(v, trainer.engine.tensors()[k]) for k, v in before.items())
+    total = records[0]["dino"] + records[0]["ibot"] + 0.1 * records[0]["koleo"]
+    assert records[0]["loss"] == pytest.approx(total + 2 * (records[0]["hog_cls"] + records[0]["hog_patch"]), rel=1e-4)
+
+
+def test_the_components_come_from_all_over_the_source_whatever_the_process(folder):
+    source = open_source(folder / "images")
+    first, second = (Engine(settings(data=str(folder / "images"))) for _ in range(2))
+    for engine in (first, second):
+        engine.begin(source)
+    for a, b in zip(first.model.hog.buffers(), second.model.hog.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_a_weight_there_are_no_targets():
+    model = StudentTeacher(settings(weight=0.0))
+    assert model.hog is None
+    assert not any("hog" in k for k in model.state_dict())
+    assert load_recipe("vitt14_demo").loss.hog_weight == 0
+
+
+def test_other_than_three_channels_are_refused():
+    with pytest.raises(ConfigError, match="3 channels, got 2"):
+        StudentTeacher(settings(chans=2))
+
+
+def test_stages_have_the_targets_all_or_none(folder):
+    stages = [{"name": "first", "steps": 3}, {"name": "second", "steps": 3, "loss": {"hog_weight": 0.0}}]
+    config = settings(data=str(folder / "images")).model_dump() | {"stages": stages}
+    with pytest.raises(ConfigError, match="Stage 'second' has loss.hog_weight 0 and the recipe 2"):
+        timeline(PretrainConfig.model_validate(config))
+
+
+def test_a_distillation_refuses_them():
+    with pytest.raises(ConfigError, match="set loss.hog_weight to 0"):
+        parse_config("{teacher: vits14, loss: {hog_weight: 1.0}}", "test")
