@@ -22,7 +22,7 @@ import forward
 from harness import Spec
 from opendino.models.positions import resize_pos_embed
 from opendino.models.vit import VisionTransformer
-from prepare import CONVENTIONS, images, load_weights, model_config, reference_path, tokens
+from prepare import CONVENTIONS, images, load_weights, model_config, reference_path
 from worker import Turns, versions
 
 Call = Callable[[Tensor], Tensor]
@@ -44,14 +44,19 @@ def backbone(spec: Spec) -> VisionTransformer:
 
 
 class Tokens(nn.Module):
-    """All final tokens of a backbone, for exporters."""
+    """All final tokens of a backbone at the size of its position table, without what tracers stumble over."""
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return tokens(self.model.forward_features(x))
+        model = self.model
+        patches = model.patch_embed(x)
+        stream = torch.cat([model.cls_token.expand(x.shape[0], -1, -1), patches], 1) + model.pos_embed
+        for block in model.blocks:
+            stream = block(stream)
+        return model.norm(stream)
 
 
 def opendino(spec: Spec, dtype: str) -> tuple[Call, str]:
@@ -146,11 +151,18 @@ def openvino(spec: Spec, dtype: str, mode: str) -> tuple[Call, str]:
 
 
 def _latency(request: Any, x: Tensor) -> Tensor:
-    if len(x) != request.get_input_tensor(0).shape[0]:  # two images are compared first
-        need = request.get_input_tensor(0).shape[0]
-        return _latency(request, x.repeat(-(-need // len(x)), 1, 1, 1)[:need])[: len(x)]
+    size = request.get_input_tensor(0).shape[0]
+    if len(x) != size:  # only the two images that are compared
+        parts = [_filled(part, size) for part in x.split(size)]
+        return torch.cat([_latency(request, part).clone() for part in parts])[: len(x)]
     request.infer({0: x.numpy()}, share_inputs=True)
     return torch.from_numpy(request.get_output_tensor(0).data)
+
+
+def _filled(part: Tensor, size: int) -> Tensor:
+    """Give a whole batch, the first image again where there are too few."""
+    fill = size - len(part)
+    return torch.cat([part, part[:1].expand(fill, -1, -1, -1)]) if fill else part.contiguous()
 
 
 def _throughput(requests: list[Any], size: int, x: Tensor) -> Tensor:
@@ -166,9 +178,7 @@ def _throughput(requests: list[Any], size: int, x: Tensor) -> Tensor:
         request = requests[number % len(requests)]
         if number >= len(requests):
             collect(request)
-        fill = size - len(part)
-        whole = torch.cat([part, part[:1].expand(fill, -1, -1, -1)]) if fill else part
-        request.start_async({0: whole.contiguous().numpy()}, share_inputs=True)
+        request.start_async({0: _filled(part, size).numpy()}, share_inputs=True)
     first = max(0, len(parts) - len(requests))
     for number in range(first, len(parts)):
         collect(requests[number % len(requests)])
@@ -236,7 +246,7 @@ def closeness(given: Tensor, expected: Tensor) -> dict[str, float]:
         expected: the same by opendino in fp32, with the peer's convention of resizing positions.
     """
     if given.shape != expected.shape:
-        return {"distance": float("inf")}
+        return dict.fromkeys(("cls", "patches", "largest", "distance"), float("inf"))
     away = 1 - nn.functional.cosine_similarity(given.double(), expected.double(), dim=-1)
     return {
         "cls": float(away[:, 0].max()),
