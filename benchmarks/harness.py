@@ -29,8 +29,8 @@ class Spec:
     """What one worker is to run.
 
     Attributes:
-        task: prepare, forward, step, photographs or augment.
-        peer: opendino, transformers, timm, lightly-train or torchvision.
+        task: prepare, forward, inference, step, photographs or augment.
+        peer: opendino, transformers, timm, lightly-train or torchvision; of the inference, a way of inference_peers.py.
         work: folder shared by the workers of a run: weights, reference features, images, run folders.
         dtype: fp32 or bf16.
         threads: of torch.

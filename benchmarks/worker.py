@@ -79,6 +79,10 @@ def run(spec: Spec, source: IO[str], sink: IO[str]) -> None:
             import forward
 
             forward.serve(spec, turns)
+        elif spec.task == "inference":
+            import inference_peers
+
+            inference_peers.serve(spec, turns)
         elif spec.task == "step":
             import step
 
@@ -92,7 +96,7 @@ def run(spec: Spec, source: IO[str], sink: IO[str]) -> None:
 
             prepare.serve(spec, turns)
     except ImportError as error:
-        if (error.name or "").split(".")[0].replace("_", "-") != spec.peer:
+        if (error.name or "").split(".")[0].replace("_", "-") not in (spec.peer, spec.peer.split("-")[0]):
             raise
         sink.write(json.dumps({"missing": f"not installed ({error})"}) + "\n")
 

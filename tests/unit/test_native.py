@@ -3,8 +3,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opendino.native import build
+from opendino.native.threads import run_together
 from opendino.pretrain import crops as C
 from opendino.pretrain import photometric as P
 from opendino.pretrain.crops import Boxes, CropsConfig, cut_crops, draw_boxes, sample_rng
@@ -237,3 +240,26 @@ class TestBuild:
         monkeypatch.setattr(build, "SOURCES", (tmp_path / "x.c",))
         names.add(build._key())
         assert len(names) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_helping_threads_are_kept_and_a_forked_process_makes_its_own(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    seen, gate = set(), threading.Barrier(3)
+
+    def kernel():
+        gate.wait(10)
+        seen.add(threading.current_thread().name)
+        return 0
+
+    for _ in range(20):
+        run_together(kernel, 8)
+    assert 3 <= len(seen) <= 9  # of 40 calls beside this thread's
+    with pytest.raises(MemoryError, match="no memory"):
+        run_together(lambda: 1, 8)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        run_together(kernel, 8)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

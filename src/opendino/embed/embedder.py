@@ -24,6 +24,7 @@ from opendino.embed.runtimes.base import Precision as Precision
 from opendino.embed.runtimes.base import Runtime
 from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.embed.runtimes.pytorch import resolve_precision as resolve_precision
+from opendino.embed.runtimes.stored import StoredModel, stays_stored
 from opendino.errors import ConfigError, DataError, MissingExtraError
 from opendino.export.session import is_exported
 from opendino.images.ahead import map_ahead
@@ -144,7 +145,10 @@ class Embedder:
 
     @property
     def model(self) -> VisionTransformer:
-        """The backbone.
+        """The backbone, in fp32 unless a cast one was given.
+
+        An Embedder made from a file that computes in bf16 on a CPU has prepared weights only; the first use of this
+        reads the file again and keeps the model.
 
         Raises:
             ConfigError: when an exported file is run, which has no model.
@@ -265,6 +269,9 @@ def _as_runtime(
             raise ConfigError(f"{model} is an exported file: it has its weights in it and runs on the CPU.")
         return ExportedRuntime(model, precision)
     if runtime == "torch":
+        if stays_stored(model, weights, _as_device(device), precision):
+            assert isinstance(model, str | Path)
+            return TorchRuntime(StoredModel(model, weights), precision)
         return TorchRuntime(_as_model(model, device, weights), precision)
     from opendino.embed.runtimes.exported import CachedExportRuntime
 

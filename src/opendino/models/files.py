@@ -37,6 +37,7 @@ class WeightFile:
         metadata: of a safetensors file; leftovers of other layouts are in it.
         config: of a config.json beside it, empty without one.
         preprocessor: of a preprocessor_config.json beside it.
+        mapped: whether the tensors lie in the file and are read when they are used.
     """
 
     origin: str
@@ -44,13 +45,21 @@ class WeightFile:
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
+    mapped: bool = False
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path) -> WeightFile:
+def read_weights(path: Path, *, map_pickles: bool = False) -> WeightFile:
     """Read a .pth, .bin or .safetensors file, or a folder that transformers, timm or this package wrote.
+
+    The tensors of safetensors are mapped: they take memory as they are used, and no copy is made.
+
+    Args:
+        path: file or folder.
+        map_pickles: map .pth and .bin files too where their format allows it. Whoever keeps the tensors must not write
+            to the file in place, as `torch.save` over it does.
 
     Raises:
         WeightsError: when it is missing, truncated, damaged, or would have to run code to be read.
@@ -68,9 +77,12 @@ def read_weights(path: Path) -> WeightFile:
         names = sorted(set(_read_json(file).get("weight_map", {}).values()))
         shards = [_read_safetensors(beside / name) for name in names]
         state = {k: v for shard, _ in shards for k, v in shard.items()}
-        return WeightFile(str(file), state, {}, config, preprocessor)
-    state, metadata = _read_safetensors(file) if _is_safetensors(file) else (_read_pickle(file), {})
-    return WeightFile(str(file), state, metadata, config, preprocessor)
+        return WeightFile(str(file), state, {}, config, preprocessor, mapped=True)
+    if _is_safetensors(file):
+        state, metadata = _read_safetensors(file)
+        return WeightFile(str(file), state, metadata, config, preprocessor, mapped=True)
+    mapped = map_pickles and zipfile.is_zipfile(file)  # what torch.save writes since 1.6; older ones cannot be mapped
+    return WeightFile(str(file), _read_pickle(file, mapped), {}, config, preprocessor, mapped)
 
 
 def _file_in(folder: Path) -> Path:
@@ -103,9 +115,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path, mapped: bool) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if _wants_code(str(error)):
             raise WeightsError(

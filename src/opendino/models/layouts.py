@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opendino.errors import WeightsError
 from opendino.models.config import ViTConfig
+from opendino.models.memory import give_up
 from opendino.models.registry import MODELS
 
 State = dict[str, Tensor]
@@ -63,7 +64,7 @@ class Reading:
     heads: list[str]
 
 
-def to_published(state: State, origin: str) -> Reading:
+def to_published(state: State, origin: str, *, consume: bool = False) -> Reading:
     """Recognise the layout of a state dict and give the backbone under its published names.
 
     Accepts plain and chunked (`blocks.c.i.…`) published files, whole teacher or student–teacher checkpoints,
@@ -72,6 +73,8 @@ def to_published(state: State, origin: str) -> Reading:
     Args:
         state: tensors by name.
         origin: names the file in errors.
+        consume: give the memory of tensors back that are copied (transformers' q, k and v into one); for tensors of a
+            mapped file that nobody else has.
 
     Raises:
         WeightsError: when no DINOv2 backbone is in it.
@@ -80,7 +83,7 @@ def to_published(state: State, origin: str) -> Reading:
     if any("embeddings.patch_embeddings." in k for k in state):
         backbone, heads = _split_heads({k.removeprefix("dinov2.").removeprefix("dinov2_with_registers."): v
                                         for k, v in state.items()})  # fmt: skip
-        return Reading("hf", _from_transformers(backbone), heads)
+        return Reading("hf", _from_transformers(backbone, consume), heads)
     backbone, heads = _split_heads(_backbone_of(state))
     if "patch_embed.proj.weight" not in backbone or "cls_token" not in backbone:
         shown = ", ".join(sorted(state)[:4]) or "nothing"
@@ -120,7 +123,7 @@ def _split_heads(state: State) -> tuple[State, list[str]]:
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
-def _from_transformers(state: State) -> State:
+def _from_transformers(state: State, consume: bool) -> State:
     out: State = {}
     thirds: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
@@ -137,7 +140,14 @@ def _from_transformers(state: State) -> State:
             thirds.setdefault(f"blocks.{index}.mlp.w12.{gate[2]}", {})[int(gate[1] == "up")] = tensor
         else:
             out[f"blocks.{index}.{_rename(rest, _TRANSFORMERS_BLOCK)}"] = tensor
-    return out | {name: torch.cat([parts[i] for i in sorted(parts)]) for name, parts in thirds.items()}
+    return out | {name: _joined([parts[i] for i in sorted(parts)], consume) for name, parts in thirds.items()}
+
+
+def _joined(parts: list[Tensor], consume: bool) -> Tensor:
+    whole = torch.cat(parts)
+    for part in parts if consume else ():
+        give_up(part)
+    return whole
 
 
 def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:

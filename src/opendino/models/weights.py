@@ -7,7 +7,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from opendino.errors import ConfigError, WeightsError
 from opendino.models.config import PreprocessSpec, ViTConfig
 from opendino.models.files import LEFTOVERS, WeightFile, fetch_published, fetch_repository, read_weights, unpack_tensors
 from opendino.models.layouts import Reading, State, infer_config, to_published, with_timm_leftovers
+from opendino.models.memory import give_up
 from opendino.models.positions import resize_pos_embed
 from opendino.models.registry import MODELS, get_config
 from opendino.models.vit import VisionTransformer
@@ -35,6 +36,7 @@ class LoadReport:
         missing: tensors of the model that it did not have; they keep their initial values.
         unused: tensors of its backbone that the model has no place for.
         heads: tensors of projection or classifier heads that were left aside.
+        mapped: whether the file was mapped: parameters that keep its dtype lie in it, and no copy of them was made.
     """
 
     origin: str
@@ -42,6 +44,7 @@ class LoadReport:
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     heads: tuple[str, ...]
+    mapped: bool = False
 
 
 SHAPE_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "ffn", "num_register_tokens", "qkv_bias", "mlp_ratio")
@@ -53,10 +56,14 @@ def load(
     weights: str | Path | None = None,
     strict: bool = True,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     **overrides: Any,
 ) -> VisionTransformer:
     """Build a backbone with weights, in eval mode.
+
+    The model is built without memory of its own and the file is mapped: parameters that have the wanted dtype in the
+    file stay there, and the system copies what is written to; others are cast one at a time. A .pth is read whole
+    instead where `dtype` is None, so that saving over it is safe.
 
     Args:
         model: an architecture name (`opendino.list_models()`), a Meta .pth, a transformers folder or repository id, a
@@ -65,7 +72,7 @@ def load(
             weights, from a cache or downloaded. A file is never downloaded when one is given.
         strict: refuse files with unused or missing tensors; False loads what fits and reports the rest.
         device: where the model goes; "meta" allocates nothing.
-        dtype: of the parameters; None keeps fp32.
+        dtype: of the parameters; None is fp32, "auto" the file's own.
         overrides: fields of `ViTConfig`. `img_size` resizes the position table, `in_chans` inflates an RGB stem with
             its sum kept, `pos_resize` chooses another convention; what contradicts the file is an error.
 
@@ -85,14 +92,32 @@ def load(
     if weights == "random":
         with torch.device(device):
             fresh = VisionTransformer(get_config(name, **overrides))
-        return fresh.to(device=device, dtype=dtype).eval()
+        return fresh.to(device=device, dtype=None if dtype == "auto" else dtype).eval()
     path = _locate(name, weights, is_name)
     unknown = set(overrides) - set(ViTConfig.model_fields)
     if unknown:
         raise ConfigError(f"Unknown model settings {sorted(unknown)}; known are {', '.join(ViTConfig.model_fields)}.")
     expected = {} if not is_name else _shape(get_config(name))
-    built = _build(path, expected, overrides, strict)
-    return built.to(device=device, dtype=dtype).eval()
+    built = _build(path, expected, overrides, strict, _Cast(torch.device(device), dtype))
+    return built.to(device=device, dtype=None if dtype == "auto" else dtype).eval()
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """Where the tensors of a file go, and as what."""
+
+    device: torch.device
+    dtype: torch.dtype | Literal["auto"] | None
+
+    def __call__(self, tensor: Tensor, consume: bool) -> Tensor:
+        """Move and cast one tensor; the pages of a mapped one that was copied go back to the system."""
+        keep = self.dtype == "auto" or not tensor.is_floating_point()
+        target = tensor.dtype if keep else (self.dtype or torch.float32)
+        assert isinstance(target, torch.dtype)
+        cast = tensor.to(device=self.device, dtype=target)
+        if consume and cast is not tensor:
+            give_up(tensor)
+        return cast
 
 
 def _locate(name: str, weights: str | Path | None, is_name: bool) -> Path:
@@ -121,11 +146,13 @@ def _shape(config: ViTConfig) -> dict[str, Any]:
     return {field: getattr(config, field) for field in SHAPE_FIELDS}
 
 
-def _build(path: Path, expected: dict[str, Any], overrides: dict[str, Any], strict: bool) -> VisionTransformer:
-    file = read_weights(path)
+def _build(
+    path: Path, expected: dict[str, Any], overrides: dict[str, Any], strict: bool, cast: _Cast
+) -> VisionTransformer:
+    file = read_weights(path, map_pickles=cast.dtype is not None)
     if '"arch": "timm:' in file.metadata.get("opendino.config", ""):
         return _build_timm(file, expected, overrides)
-    reading = to_published(file.state, file.origin)
+    reading = to_published(file.state, file.origin, consume=file.mapped)
     state = reading.state
     if LEFTOVERS in file.metadata:
         state = with_timm_leftovers(state, unpack_tensors(file.metadata[LEFTOVERS]))
@@ -133,9 +160,10 @@ def _build(path: Path, expected: dict[str, Any], overrides: dict[str, Any], stri
     _check_shape(file.origin, config, expected, overrides)
     preprocess = preprocess_of(file.metadata, file.preprocessor)
     state, config, preprocess = _adapt(state, config, preprocess, overrides, file.origin)
+    reading.state.clear()
     with torch.device("meta"):
         model = VisionTransformer(config, preprocess)
-    _fill(model, reading, state, file.origin, strict)
+    _fill(model, reading, state, file, strict, cast)
     return model
 
 
@@ -253,8 +281,11 @@ def _for_channels(spec: PreprocessSpec, channels: int) -> PreprocessSpec:
     return spec.model_copy(update={"mean": spread(spec.mean), "std": spread(spec.std)})
 
 
-def _fill(model: VisionTransformer, reading: Reading, state: State, origin: str, strict: bool) -> None:
+def _fill(
+    model: VisionTransformer, reading: Reading, state: State, file: WeightFile, strict: bool, cast: _Cast
+) -> None:
     """Put the tensors in; refuse, or with strict=False report, whatever does not fit."""
+    origin = file.origin
     own = model.state_dict()
     missing, unused = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [
@@ -274,10 +305,13 @@ def _fill(model: VisionTransformer, reading: Reading, state: State, origin: str,
     if missing:
         model.to_empty(device="cpu")
         model.init_weights()
-    fitting = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if k in own}
+    # Tensors put together from several have memory of their own; they come last in `state` and are cast first.
+    fitting = {k: cast(state.pop(k), file.mapped) for k in reversed(list(state)) if k in own}
     model.load_state_dict(fitting, strict=not missing, assign=True)
     model.requires_grad_(True)
-    model.load_report = LoadReport(origin, reading.layout, tuple(missing), tuple(unused), tuple(reading.heads))
+    model.load_report = LoadReport(
+        origin, reading.layout, tuple(missing), tuple(unused), tuple(reading.heads), file.mapped
+    )
 
 
 def preprocess_of(metadata: dict[str, str], preprocessor: dict[str, Any]) -> PreprocessSpec:

@@ -155,29 +155,37 @@ SCORES(2)
 SCORES(3)
 SCORES(4)
 
-// 2^x for x ≤ 0, to a relative error of 4e-6: a polynomial on [-1/2, 1/2] and the exponent.
+// 2^x for x ≤ 0, to a relative error of 3e-6 and exact for 0: a polynomial of what x is above the integer below it, and
+// that integer as the exponent. 0 for -INFINITY, whose part above is 0.
 static inline __m512 power_of_two(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-127.0f));
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 part = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(0.00961813f);
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.05550411f));
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.24022651f));
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.69314718f));
+    __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 y = _mm512_set1_ps(0.0134266857f);
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.0522424728f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.241280213f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.693044841f));
     y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
+    return _mm512_scalef_ps(y, x);
 }
 
-// One row of scores to probabilities without their divisor, bf16; gives the divisor.
+// One row of scores to probabilities without their divisor, bf16; gives the divisor: the sum of what was rounded.
 static inline float probabilities(const float *scores, int64_t padded, __m512 largest, float factor, uint16_t *out) {
     __m512 scale = _mm512_set1_ps(factor);
     __m512 shift = _mm512_set1_ps(-factor * _mm512_reduce_max_ps(largest));
+    __m512i ones = _mm512_set1_epi16(0x3f80);
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t k = 0; k < padded; k += 16) {
+    int64_t k = 0;
+    for (; k + 32 <= padded; k += 32) {
+        __m512 p = power_of_two(_mm512_fmadd_ps(_mm512_loadu_ps(scores + k), scale, shift));
+        __m512 next = power_of_two(_mm512_fmadd_ps(_mm512_loadu_ps(scores + k + 16), scale, shift));
+        __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(next, p);
+        _mm512_storeu_si512(out + k, rounded);
+        sum = bf16_product(sum, rounded, ones);
+    }
+    if (k < padded) {
         __m512 p = power_of_two(_mm512_fmadd_ps(_mm512_loadu_ps(scores + k), scale, shift));
         __m256i rounded = (__m256i)_mm512_cvtneps_pbh(p);
         _mm256_storeu_si256((__m256i *)(out + k), rounded);
-        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+        sum = bf16_product(sum, _mm512_zextsi256_si512(rounded), ones);
     }
     return _mm512_reduce_add_ps(sum);
 }
@@ -239,8 +247,22 @@ static inline void results_to(uint16_t *at, int64_t stride, int64_t first, int64
     for (int q = 0; q < QUERIES; q++) rows[q] = first + q < n ? at + (first + q) * stride : nowhere;
 }
 
-// `logs`: where the natural logarithm of the sum of exp(scores) of each query goes, or NULL.
-static void attend(const uint16_t *qkv, uint16_t *out, float *logs, int64_t n, int64_t heads, float scale, Scratch s) {
+#define FETCHED_TOKENS 512  // whose queries, keys and values stay in the second cache beside what is worked on
+
+// Has the queries, keys and values of QUERIES tokens of one head brought to the second cache.
+static inline void fetch(const uint16_t *qkv, int64_t step, int64_t first, int64_t n) {
+    for (int64_t row = first; row < first + QUERIES && row < n; row++)
+        for (int part = 0; part < 3; part++) {
+            const char *at = (const char *)(qkv + (3 * row + part) * step);
+            _mm_prefetch(at, _MM_HINT_T1);
+            _mm_prefetch(at + HEAD, _MM_HINT_T1);  // the second half: HEAD numbers are 2·HEAD bytes
+        }
+}
+
+// `following`: the head that comes next, or NULL. `logs`: where the natural logarithm of the sum of exp(scores) of each
+// query goes, or NULL.
+static void attend(const uint16_t *qkv, const uint16_t *following, uint16_t *out, float *logs, int64_t n, int64_t heads,
+                   float scale, Scratch s) {
     int64_t stride = 3 * heads * HEAD, step = heads * HEAD, padded = (n + 15) / 16 * 16, blocks = padded / 16;
     pack_keys(qkv + step, stride, n, s.keys);
     pack_values(qkv + 2 * step, stride, n, padded, s.values);
@@ -253,6 +275,7 @@ static void attend(const uint16_t *qkv, uint16_t *out, float *logs, int64_t n, i
         rows_from(qkv, stride, first, n, queries);
         results_to(out, step, first, n, nowhere, results);
         for (int q = 0; q < QUERIES; q++) largest[q] = _mm512_set1_ps(-INFINITY);
+        if (following && n <= FETCHED_TOKENS) fetch(following, step, first, n);
         all_scores(queries, s.keys, s.scores, blocks, largest, last);
         float sums[QUERIES];
         for (int q = 0; q < QUERIES; q++) {
@@ -358,9 +381,10 @@ int attention_bf16(const uint16_t *qkv, uint16_t *out, float *logs, int64_t imag
     for (;;) {
         int64_t i = atomic_fetch_add(next, 1);
         if (i >= images * heads) break;
-        int64_t image = i / heads, head = i % heads;
-        attend(qkv + image * n * 3 * heads * HEAD + head * HEAD, out + image * n * heads * HEAD + head * HEAD,
-               logs ? logs + i * n : NULL, n, heads, scale, s);
+        int64_t image = i / heads, head = i % heads, after = i + 1;
+        const uint16_t *following = qkv + after / heads * n * 3 * heads * HEAD + after % heads * HEAD;
+        attend(qkv + image * n * 3 * heads * HEAD + head * HEAD, after < images * heads ? following : NULL,
+               out + image * n * heads * HEAD + head * HEAD, logs ? logs + i * n : NULL, n, heads, scale, s);
     }
     free(memory);
     return 0;

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opendino.models.layers import Block, SwiGLU
+from opendino.models.memory import close_gaps, give_up
 from opendino.models.positions import resize_pos_embed
 from opendino.models.vit import VisionTransformer
 from opendino.native import attention
@@ -32,9 +33,10 @@ from opendino.native.build import kernels
 
 CPUPrecision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PIECE_VALUES = 2**19
-"""Values of the residual stream (T·D) of a piece of a batch: with them the hidden layer of a ViT-S fits the second
-cache, and no allocation is so large that the C library gets and returns it page by page."""
+PIECE_VALUES = 2**20
+"""Values of the residual stream (T·D) of a piece of a batch: enough that weights, which come from memory once a piece,
+are a small part of what is read (half as many cost ViT-B and ViT-L 3 %), and so few that the C library keeps the memory
+of intermediate results instead of getting and returning it page by page."""
 
 
 class PreparedViT:
@@ -43,12 +45,17 @@ class PreparedViT:
     Later changes of the model's weights are not seen.
 
     Args:
-        model: the backbone, on the CPU; it is left as it is.
+        model: the backbone, on the CPU; it is left as it is, unless `consume`.
         precision: of the products.
         threads: default: torch's number.
+        consume: take the blocks out of the model one by one and give their memory back, so that the weights are never
+            in memory twice; for a model that nobody else has.
     """
 
-    def __init__(self, model: VisionTransformer, precision: CPUPrecision = "bf16", threads: int | None = None) -> None:
+    def __init__(
+        self, model: VisionTransformer, precision: CPUPrecision = "bf16", threads: int | None = None, *,
+        consume: bool = False,
+    ) -> None:  # fmt: skip
         config = model.config
         self.config, self.precision = config, precision
         self.dtype = DTYPES[precision]
@@ -62,10 +69,22 @@ class PreparedViT:
             projection = model.patch_embed.proj
             rows = projection.weight.detach().permute(0, 2, 3, 1).flatten(1)  # (D, p·p·C): pixels with channels inside
             self.patches = Product(rows, projection.bias, self.dtype)
-            self.blocks = [PreparedBlock(block, self.dtype, self.library) for block in model.blocks]  # type: ignore[arg-type]
+            self.blocks = [self._taken(model, i, consume) for i in range(len(model.blocks))]
             self.norm = Norm(model.norm)
         self.tables: dict[tuple[int, int], Tensor] = {}
         self.pool: ThreadPoolExecutor | None = None
+
+    def _taken(self, model: VisionTransformer, number: int, consume: bool) -> PreparedBlock:
+        block = model.blocks[number]
+        assert isinstance(block, Block)
+        if not consume:
+            return PreparedBlock(block, self.dtype, self.library)
+        model.blocks[number] = nn.Identity()
+        mapped = model.load_report is not None and model.load_report.mapped
+        ready = PreparedBlock(block, self.dtype, self.library, give_up if mapped else None)
+        del block
+        close_gaps()
+        return ready
 
     def tokens(self, images: Tensor, layers: int = 1) -> Tensor:
         """Give the normalised tokens of the last blocks.
@@ -88,11 +107,12 @@ class PreparedViT:
         return torch.cat(list(self.pool.map(lambda piece: self._piece(piece, layers), pieces)))
 
     def piece_size(self, images: Tensor) -> int:
-        """Images of a piece: few enough for the cache, and pieces for every thread."""
+        """Images of a piece: few enough for the cache, and as many pieces for every thread."""
         p = self.config.patch_size
         tokens = 1 + self.config.num_register_tokens + (images.shape[-2] // p) * (images.shape[-1] // p)
         fits = max(1, PIECE_VALUES // (tokens * self.config.embed_dim))
-        return max(1, min(fits, -(-len(images) // self.threads)))
+        rounds = -(-len(images) // (fits * self.threads))
+        return max(1, -(-len(images) // (rounds * self.threads)))
 
     @torch.inference_mode()
     def _piece(self, images: Tensor, layers: int) -> Tensor:
@@ -132,17 +152,32 @@ class PreparedViT:
 
 
 class PreparedBlock:
-    """One block on tokens (T, D): the branch of its feed-forward is given back unadded, for the next block to add."""
+    """One block on tokens (T, D): the branch of its feed-forward is given back unadded, for the next block to add.
 
-    def __init__(self, block: Block, dtype: torch.dtype, library: ctypes.CDLL | None) -> None:
+    Args:
+        block: where the weights come from.
+        dtype: of the products.
+        library: of the compiled kernels, or None.
+        finished: called with each large weight as soon as it is prepared.
+    """
+
+    def __init__(
+        self, block: Block, dtype: torch.dtype, library: ctypes.CDLL | None,
+        finished: Callable[[Tensor], None] | None = None,
+    ) -> None:  # fmt: skip
         self.dtype, self.library, self.num_heads = dtype, library, block.attn.num_heads
         attn, mlp = block.attn, block.mlp
+        finished = finished or (lambda _: None)
         self.qkv = Product(attn.qkv.weight, attn.qkv.bias, dtype)
+        finished(attn.qkv.weight)
         self.proj = Product(*scaled(attn.proj, block.ls1), dtype)
+        finished(attn.proj.weight)
         self.gated = isinstance(mlp, SwiGLU)
         first, second = (mlp.w12, mlp.w3) if isinstance(mlp, SwiGLU) else (mlp.fc1, mlp.fc2)
         self.fc1 = Product(first.weight, first.bias, dtype)
+        finished(first.weight)
         self.fc2 = Product(*scaled(second, block.ls2), dtype)
+        finished(second.weight)
         self.norm1, self.norm2 = Norm(block.norm1, library), Norm(block.norm2, library)
         head_dim = attn.qkv.in_features // self.num_heads
         own = library is not None and head_dim == attention.HEAD_DIM and attention.attention_supported(library)
@@ -177,10 +212,12 @@ class Product:
     """x·Wᵀ + b with the weight in oneDNN's own layout where torch offers it, optionally with GELU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        weight = weight.detach().to(dtype, copy=True).contiguous()
         self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self.packed = packs(dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
+        if self.packed:  # which copies
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
+        else:
+            self.weight = weight.detach().to(dtype, copy=True).contiguous()
 
     def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
         """(T, in) → (T, out), the dtype of the weight."""
@@ -220,6 +257,15 @@ def scaled(linear: nn.Linear, scale: Any) -> tuple[Tensor, Tensor | None]:
         return weight, bias
     gamma = gamma.detach().float()
     return weight * gamma.unsqueeze(1), None if bias is None else bias.detach().float() * gamma
+
+
+def preparable(model: VisionTransformer) -> bool:
+    """Say whether a model is made of our own parts: not timm's, and without others in their place, such as LoRA's."""
+    return all(
+        isinstance(block, Block)
+        and all(type(part) is nn.Linear for part in (block.attn.qkv, block.attn.proj, *block.mlp.children()))
+        for block in model.blocks
+    )
 
 
 def packs(dtype: torch.dtype) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from opendino.embed.runtimes.base import Precision, split_tokens
-from opendino.embed.runtimes.prepared import PreparedViT, packs
+from opendino.embed.runtimes.prepared import PreparedViT, packs, preparable
+from opendino.embed.runtimes.stored import StoredModel
 from opendino.errors import ConfigError
 from opendino.models.fingerprint import weights_fingerprint
 from opendino.models.vit import VisionTransformer
@@ -24,7 +25,8 @@ class TorchRuntime:
     """Runs a model where it lies; a model in training stays in training and up to date.
 
     Args:
-        model: the backbone.
+        model: the backbone; or one in a file, on the CPU in bf16, whose weights then are in memory once: as they are
+            prepared. `model` reads it again when it is asked for.
         precision: see `resolve_precision`.
     """
 
@@ -33,12 +35,36 @@ class TorchRuntime:
     gives: tuple[str, ...] = ("cls", "mean", "patches", "registers")
     size: tuple[int, int] | None = None
 
-    def __init__(self, model: VisionTransformer, precision: str = "auto") -> None:
-        self.model, self.config, self.spec = model, model.config, model.preprocess
-        self.device = model.cls_token.device
-        self.precision: str = resolve_precision(precision, self.device, model.cls_token.dtype)
+    def __init__(self, model: VisionTransformer | StoredModel, precision: str = "auto") -> None:
         self._prepared: PreparedViT | None = None
         self._prepared_from: list[tuple[int, int]] = []
+        self._stored = model if isinstance(model, StoredModel) else None
+        self._model: VisionTransformer | None = None
+        if isinstance(model, StoredModel):
+            model = self._read(model)
+        else:
+            self._model = model
+        self.config, self.spec, self.device = model.config, model.preprocess, model.cls_token.device
+        own = torch.float32 if self._stored else model.cls_token.dtype
+        self.precision: str = resolve_precision(precision, self.device, own)
+
+    def _read(self, stored: StoredModel) -> VisionTransformer:
+        """Prepare a model from its file; give it back, used up, or whole where it cannot be prepared."""
+        found = stored.read("auto")
+        if preparable(found):
+            self._prepared = PreparedViT(found, "bf16", consume=True)
+        else:
+            self._model, self._stored = found.float(), None
+        return found
+
+    @property
+    def model(self) -> VisionTransformer:
+        """The backbone; one in a file is read in fp32 when it is first asked for, and kept."""
+        if self._model is None:
+            assert self._stored is not None
+            self._model = self._stored.read(None)
+            self._prepared_from = _versions(self._model)
+        return self._model
 
     def vectors(self, images: Tensor, layers: int, what: Sequence[str]) -> dict[str, Tensor]:
         """Give the vectors of normalised images (B, C, H, W); see `Runtime`."""
@@ -64,18 +90,22 @@ class TorchRuntime:
 
     def _is_prepared(self) -> bool:
         """Say whether bf16 products in oneDNN's layout serve: fp32 weights on a CPU that has them."""
-        fp32_on_cpu = self.device.type == "cpu" and self.model.cls_token.dtype is torch.float32
-        return self.precision == "bf16" and fp32_on_cpu and packs(torch.bfloat16)
+        if self._model is None:
+            return True
+        fp32_on_cpu = self.device.type == "cpu" and self._model.cls_token.dtype is torch.float32
+        return self.precision == "bf16" and fp32_on_cpu and packs(torch.bfloat16) and preparable(self._model)
 
     def _prepare(self) -> PreparedViT:
         """Give the prepared copy of the weights, made again when they were changed."""
-        now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        now = self._prepared_from if self._model is None else _versions(self._model)
         if self._prepared is None or now != self._prepared_from:
             self._prepared, self._prepared_from = PreparedViT(self.model, "bf16"), now
         return self._prepared
 
     def weights_sha256(self) -> str:
         """Give the fingerprint of the weights as they are now."""
+        if self._model is None and self._stored is not None:
+            return self._stored.weights_sha256()
         return weights_fingerprint(self.model)
 
     def identity(self) -> dict[str, Any]:
@@ -88,6 +118,11 @@ class TorchRuntime:
             return nullcontext()
         # Autocast leaves the caller's weights as they are, so an Embedder on a model in training stays up to date.
         return torch.autocast(self.device.type, dtype=dtype)
+
+
+def _versions(model: VisionTransformer) -> list[tuple[int, int]]:
+    """Give what changes when a parameter is replaced or written to."""
+    return [(p.data_ptr(), p._version) for p in model.parameters()]
 
 
 def resolve_precision(precision: str, device: torch.device, model_dtype: torch.dtype = torch.float32) -> _Computed:
