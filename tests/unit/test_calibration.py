@@ -111,7 +111,6 @@ def test_flops_are_those_that_torch_counts(name):
         model, image = VisionTransformer(config).eval(), torch.empty(1, 3, 56, 42)
     with FlopCounterMode(display=False) as counter:
         model(image)
-
     assert forward_flops(config, (56, 42)) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 

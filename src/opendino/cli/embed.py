@@ -125,8 +125,8 @@ def run(args: Args, on_batch: Any) -> tuple[Any, Any]:
     from opendino.embed.writer import embed_to_folder
 
     progress = embed_to_folder(
-        settled.embedder or job.make_embedder(), source, job.out, model_name=job.model, weights=job.weights,
-        max_errors=job.max_errors, shard_rows=job.shard_rows, dtype=job.dtype, on_batch=on_batch,
+        job.make_embedder(), source, job.out, model_name=job.model, weights=job.weights, max_errors=job.max_errors,
+        shard_rows=job.shard_rows, dtype=job.dtype, on_batch=on_batch,
     )  # fmt: skip
     return progress, settled.choice
 

@@ -7,7 +7,6 @@ A folder that was begun goes on as it was begun. Otherwise the leading process m
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from opendino.embed.folder import open_folder
 from opendino.embed.job import Job
@@ -23,12 +22,10 @@ class Settled:
     Attributes:
         job: what is to be computed.
         choice: what `auto` stands for; None when it was not asked for.
-        embedder: that was made on the way, or None.
     """
 
     job: Job
     choice: Choice | None = None
-    embedder: Any = None
 
 
 def settle(job: Job, *, ray: bool = False) -> Settled:
@@ -48,9 +45,8 @@ def settle(job: Job, *, ray: bool = False) -> Settled:
         return Settled(_named(job, runtime, precision), Choice(runtime, precision, "as the folder was begun"))
     if ray:
         return Settled(_named(job, "torch", asked), Choice("torch", asked, "with Ray nothing is measured"))
-    embedder = job.make_embedder()
-    choice = embedder.choice
-    return Settled(_named(job, choice.runtime, choice.precision), choice, embedder)
+    choice = job.make_embedder().choice  # not kept: what computes loads no more than its runtime needs
+    return Settled(_named(job, choice.runtime, choice.precision), choice)
 
 
 def _named(job: Job, runtime: str, precision: str) -> Job:
