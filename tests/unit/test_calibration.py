@@ -125,6 +125,12 @@ def test_the_fastest_that_is_close_enough_is_taken_and_never_a_slower_one():
     assert pick([plain, slow], ("torch", "fp32")) == ("torch", "fp32")
     assert pick([plain, candidate("torch", "bf16", 9.0, "too far")], ("torch", "fp32")) == ("torch", "fp32")
     assert pick([plain, candidate("torch", "bf16", 1.04)], ("torch", "fp32")) == ("torch", "fp32")
+    assert pick([plain, candidate("torch", "bf16", 1.06)], ("torch", "fp32")) == ("torch", "bf16")
+    # As fast within the margin: the one that comes first. Never one below plain torch, wherever it comes.
+    assert pick([plain, fast, candidate("openvino", "bf16", 3.1)], ("torch", "fp32")) == ("torch", "bf16")
+    assert pick([plain, fast, candidate("openvino", "bf16", 3.2)], ("torch", "fp32")) == ("openvino", "bf16")
+    gpu = [candidate("torch", "fp32", 0.97), candidate("torch", "bf16", 1.0)]
+    assert pick(gpu, ("torch", "bf16")) == ("torch", "bf16")
     not_run = Candidate(runtime="openvino", precision="fp32", refused="it does not run")
     assert pick([plain, not_run], ("torch", "fp32")) == ("torch", "fp32")
     # On a GPU plain torch is bf16; where that is too far, fp32 is taken although it is slower.

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MARGIN = 1.05
-"""Gain below which plain torch stays: less than that is not told from noise, and its vectors are the exact ones."""
+"""Gain below which the simpler runtime stays, and plain torch before all: less is not told from noise."""
 CHECK_IMAGES = 4
 """Photographs whose vectors are compared with fp32's."""
 MOST_IMAGES = 8
@@ -291,18 +291,17 @@ def fetched(runtime: Runtime, images: Tensor, what: Sequence[str]) -> dict[str, 
 
 
 def pick(candidates: Sequence[Candidate], plain: Pair) -> Pair:
-    """Give the fastest candidate that is not refused and beats plain torch by MARGIN; else plain torch.
+    """Give the fastest candidate that is not refused, and of those as fast within MARGIN the first in their order.
 
-    Where plain torch itself is refused, as bf16 may be on a GPU, the fastest of the others is taken, however slow.
+    So plain torch stays where nothing beats it by MARGIN, and noise does not decide between runtimes. What is slower
+    than plain torch is never taken, unless plain torch itself is refused, as bf16 may be on a GPU.
     """
     allowed = [c for c in candidates if c.refused is None and c.speedup is not None]
-    fastest = max(allowed, key=lambda c: c.speedup or 0.0, default=None)
-    if fastest is None:
-        return plain
-    exact = any((c.runtime, c.precision) == plain for c in allowed)
-    if exact and (fastest.speedup or 0.0) < MARGIN:
-        return plain
-    return fastest.runtime, fastest.precision
+    if any((c.runtime, c.precision) == plain for c in allowed):
+        allowed = [c for c in allowed if (c.speedup or 0.0) >= 1]
+    best = max((c.speedup or 0.0 for c in allowed), default=0.0)
+    first = next((c for c in allowed if (c.speedup or 0.0) * MARGIN > best), None)
+    return (first.runtime, first.precision) if first else plain
 
 
 def sentence(found: Calibration) -> str:
