@@ -204,12 +204,14 @@ def calibrations() -> list[dict[str, Any]]:
 
 def model_memory(args: Args, at: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, Any]:
     """Give the memory that a model takes by precision, and whether it is free on the CPU and on each GPU."""
+    from opendino.embed import embedder  # noqa: F401 - its imports are part of what a process holds
     from opendino.embed.runtimes.estimate import count_parameters, footprints
+    from opendino.embed.runtimes.machine import resident_memory
     from opendino.images.preprocess import Preprocess, parse_size
     from opendino.models.config import PreprocessSpec
     from opendino.models.registry import MODELS
 
-    name = str(args.model).removeprefix("dinov2_")
+    process, name = resident_memory(), str(args.model).removeprefix("dinov2_")
     if name in MODELS:
         config, spec = MODELS[name].config, PreprocessSpec()
     else:
@@ -224,10 +226,11 @@ def model_memory(args: Args, at: dict[str, Any], gpus: list[dict[str, Any]]) -> 
     rows = [
         {
             "device": device, "way": way.name, "weights_bytes": way.weights, "activation_bytes": way.activations,
-            "total_bytes": way.total, "free_bytes": free, "fits": None if free is None else way.total <= free,
+            "process_bytes": way.process, "total_bytes": way.total, "free_bytes": free,
+            "fits": None if free is None else way.total <= free,
         }
         for device, free in places
-        for way in footprints(config, sides, args.batch, at["threads"], device)
+        for way in footprints(config, sides, args.batch, at["threads"], device, process if device == "cpu" else 0)
     ]  # fmt: skip
     about = {"name": args.model, "parameters": count_parameters(config), "size": list(sides), "batch": args.batch}
     return about | {"memory": rows}
@@ -343,5 +346,6 @@ def _show_model(model: dict[str, Any], title: Any, line: Any) -> None:
         line(row["device"], row["way"])
         line(
             "", f"weights {gigabytes(row['weights_bytes'])} + activations {gigabytes(row['activation_bytes'])} + "
-            f"process = {gigabytes(row['total_bytes'])}: {verdict} ({gigabytes(row['free_bytes'])} free)",
+            f"process {gigabytes(row['process_bytes'])} = {gigabytes(row['total_bytes'])}: {verdict} "
+            f"({gigabytes(row['free_bytes'])} free)",
         )  # fmt: skip

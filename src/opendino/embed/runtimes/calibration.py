@@ -52,7 +52,7 @@ CALL_SECONDS = 2.0
 """Of plain torch, that a timed call aims at when a model is large; it then has fewer images."""
 SECONDS = 0.75
 """Of timing for each candidate, unless two rounds take longer."""
-MIN_FLOPS = 5e8
+MIN_FLOPS = 1e8
 """Of the forward pass of one image, below which nothing is measured: such a model is faster than images are read."""
 Pair = tuple[str, str]
 """Runtime and precision."""
