@@ -23,6 +23,7 @@ from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.embed.runtimes.variants import CompiledRuntime, make_runtime
 from opendino.embed.settled import settle
 from opendino.errors import ConfigError
+from opendino.export.exporter import export_backbone
 from opendino.models.config import PreprocessSpec, ViTConfig
 from opendino.models.registry import get_config
 from opendino.models.vit import VisionTransformer
@@ -238,6 +239,17 @@ def test_openvino_is_tried_where_its_file_lies_already():
     make_runtime(model, "openvino", "fp32").vectors(torch.zeros(1, 3, 28, 28), 1, ["cls"])
     # bf16 runs the same file
     assert [p for p in candidates_for(model) if p[0] == "openvino"] == [("openvino", "fp32"), ("openvino", "bf16")]
+
+
+def test_an_exported_file_needs_no_choice(tmp_path, photos):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    export_backbone(tiny(), path)
+    embedder = Embedder(path, runtime="auto")
+    assert (embedder.runtime.name, embedder.precision, embedder.choice) == ("onnx", "fp32", None)
+    job = Job(str(photos), str(path), str(tmp_path / "out"), embedder={"runtime": "auto", "precision": "auto"})
+    assert settle(job).job is job
 
 
 def test_a_compiled_model_gives_the_same_and_leaves_the_model_alone():

@@ -93,9 +93,10 @@ def main(argv: list[str]) -> int:
         task = bar.add_task("embed", total=None, rate="", errors=0)
 
         def on_batch(rows: int, errors: int, total: int) -> None:
-            nonlocal before
-            before = rows if before < 0 else before
-            show(bar, task, rows, errors, total, (rows - before) / (perf_counter() - start))
+            nonlocal before, start
+            if before < 0:  # images/s begin when the model is loaded, and what auto means is known
+                before, start = rows, perf_counter()
+            show(bar, task, rows, errors, total, (rows - before) / max(perf_counter() - start, 1e-6))
 
         try:
             progress, choice = run(args, on_batch)
@@ -151,7 +152,7 @@ def job_of(args: Args) -> Any:
 def tell(args: Args, progress: Any, seconds: float, choice: Any = None) -> None:
     """Print what was done, what could not be read, and what `auto` chose."""
     new, bad = progress.count - progress.before, progress.errors
-    figures = {"count": progress.count, "new": new, "errors": bad, "images_per_s": round(new / seconds, 2)}
+    figures = {"count": progress.count, "new": new, "errors": bad, "images_per_s": round(new / max(seconds, 1e-6), 2)}
     if args.json:
         print(json.dumps(figures | ({"auto": choice.summary()} if choice else {})))
         return

@@ -144,7 +144,7 @@ def pairs_of(runtimes: Sequence[str], precisions: Sequence[str], device: str) ->
         for precision in precisions or usual.get(runtime, ["fp32"]):
             if runtimes or precision in POSSIBLE[runtime]:
                 found.append((runtime, precision))
-    return tuple(dict.fromkeys([REFERENCE, *found, *(("torch", p) for p in precisions)]))
+    return tuple(dict.fromkeys([REFERENCE, *found, *(("torch", p) for p in precisions if not runtimes)]))
 
 
 class Interrupted(KeyboardInterrupt):
