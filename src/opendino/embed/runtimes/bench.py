@@ -147,10 +147,6 @@ def pairs_of(runtimes: Sequence[str], precisions: Sequence[str], device: str) ->
     return tuple(dict.fromkeys([REFERENCE, *found, *(("torch", p) for p in precisions if not runtimes)]))
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; what was measured is in `rows`."""
-
-
 class Bench:
     """Measures one model.
 
@@ -171,6 +167,7 @@ class Bench:
         self.about: dict[str, Any] = {}
         self.in_turn = True
         self._workers: dict[Pair, _Process] = {}
+        self._sides: dict[int | tuple[int, int] | None, list[int]] = {}
 
     @property
     def steps(self) -> int:
@@ -187,12 +184,14 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self._start(REFERENCE, folder)
+                self.on_step(f"{' '.join(REFERENCE)} started")
                 self.in_turn = self._fits()
                 groups = [list(self.pairs)] if self.in_turn else [[pair] for pair in self.pairs]
                 for group in groups:
                     for pair in group:
                         if pair != REFERENCE:
                             self._start(pair, folder)
+                            self.on_step(f"{' '.join(pair)} started")
                     for size in self.plan.sizes:
                         for batch in self.plan.batches:
                             self._cell(group, size, batch, folder)
@@ -228,21 +227,25 @@ class Bench:
                 self._workers[pair] = process = _Process(self.plan, pair, process.log)
             if process.about:
                 self.about = self.about or process.about
-        self.on_step(f"{pair[0]} {pair[1]} started")
 
     def _cell(self, group: Sequence[Pair], size: int | tuple[int, int] | None, batch: int, folder: str) -> None:
         rows: dict[Pair, Row] = {}
-        side = size if size is None else [size, size] if isinstance(size, int) else list(size)
+        if isinstance(size, int | tuple):
+            self._sides[size] = [size, size] if isinstance(size, int) else list(size)
         truth = Path(folder) / f"{size}-{batch}-reference.npz"
         for pair in group:
-            row = rows[pair] = Row(self.plan.model, *pair, batch, side)
+            if self._workers[pair].died:  # in another cell, which may have been too large
+                self._start(pair, folder)
+            row = rows[pair] = Row(self.plan.model, *pair, batch, self._sides.get(size))
             self.rows.append(row)
             path = truth if pair == REFERENCE else Path(folder) / "vectors.npz"
             answer = self._ask(pair, row, cell={"size": size, "batch": batch, "path": str(path)})
             if answer:
-                row.size = answer["size"]
+                row.size = self._sides[size] = answer["size"]
                 self._compare(row, path, truth)
             self.on_step(f"{' '.join(pair)}, batch {batch}")
+        for row in rows.values():  # the model's own size is known when one of them has said it
+            row.size = self._sides.get(size)
         for _ in range(self.plan.rounds):
             for pair, row in rows.items():
                 answer = self._ask(pair, row, turn=self.plan.seconds / self.plan.rounds)
@@ -312,7 +315,7 @@ class _Process:
     def __init__(self, plan: Plan, pair: Pair, log: Path) -> None:
         threads = {} if plan.threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), plan.threads)
         environment = {**os.environ, **{k: str(v) for k, v in threads.items()}}
-        self.log, self.problem = log, ""
+        self.log, self.problem, self.died = log, "", False
         with open(log, "w") as file:
             self.process: subprocess.Popen[str] | None = subprocess.Popen(
                 [sys.executable, "-m", "opendino.embed.runtimes.bench_worker"], text=True, env=environment,
@@ -328,13 +331,13 @@ class _Process:
             raise
         self.about: dict[str, Any] = answer.get("ready", {})
         self.exported = bool(answer.get("exported"))
-        self.problem = answer.get("error", "")
+        self.problem, self.died = answer.get("error", ""), False  # what cannot start is not started again
 
     @classmethod
     def absent(cls, problem: str) -> _Process:
         """Stand for a process that cannot be."""
         self = cls.__new__(cls)
-        self.process, self.problem, self.about, self.exported = None, problem, {}, False
+        self.process, self.problem, self.about, self.exported, self.died = None, problem, {}, False, False
         return self
 
     def ask(self, **message: Any) -> dict[str, Any]:
@@ -352,7 +355,7 @@ class _Process:
         if line.endswith("\n"):
             answer: dict[str, Any] = json.loads(line)
             return answer
-        self.problem = _fate(self.process.wait(), self.log)
+        self.problem, self.died = _fate(self.process.wait(), self.log), True
         return {"error": self.problem}
 
     def close(self, kill: bool = False) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from opendino._version import __version__
 from opendino.embed.runtimes.base import Runtime
 from opendino.embed.runtimes.machine import cache_folder, device_name, memory, usable_cores
-from opendino.embed.runtimes.measure import closeness, refusal, speedup, time_in_turn
+from opendino.embed.runtimes.measure import FLOORS, closeness, refusal, speedup, time_in_turn
 from opendino.embed.runtimes.prepared import packs
 from opendino.embed.runtimes.pytorch import TorchRuntime, resolve_precision
 from opendino.embed.runtimes.variants import can_compile, make_runtime
@@ -155,6 +155,8 @@ def choose_runtime(
     """
     shape = Preprocess(model.preprocess, size=size, patch_size=model.config.patch_size)
     sides = (shape.height, shape.width)
+    if precision not in ("auto", *FLOORS):  # one that is never chosen by itself: it is the named runtime's to take
+        return make_runtime(model, "torch", precision), Choice("torch", precision, "it was named")
     plain = resolve_precision(precision, model.cls_token.device, model.cls_token.dtype)
     if model.cls_token.dtype != torch.float32:
         return TorchRuntime(model, precision), Choice("torch", plain, f"the model's weights are {plain}")
@@ -169,6 +171,7 @@ def choose_runtime(
         log.warning("Measuring which runtime is fastest for this model here; this is done once and takes seconds.")
         found = calibrate(model, pairs, ("torch", plain), key, precision)
         write_calibration(path, found)
+        log.warning("Chosen: %s %s, %s.", *found.chosen, sentence(found))
     return make_runtime(model, *found.chosen), Choice(*found.chosen, sentence(found), found)
 
 

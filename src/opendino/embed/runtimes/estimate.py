@@ -14,7 +14,6 @@ from opendino.embed.runtimes.prepared import PIECE_VALUES
 from opendino.models.config import ViTConfig
 from opendino.models.vit import VisionTransformer
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OTHER_BYTES = 128 << 20
 """Of oneDNN's scratch memory and what the allocator keeps; 70 to 150 MiB with ViT-S and ViT-B at 224 px, batch 8."""
 
