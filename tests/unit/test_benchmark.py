@@ -11,7 +11,8 @@ import torch
 
 from opendino.cli import benchmark, main
 from opendino.embed.runtimes import bench
-from opendino.embed.runtimes.bench import Bench, Plan, Row, chosen, pairs_of
+from opendino.embed.runtimes.bench import Bench, Row, chosen, pairs_of
+from opendino.embed.runtimes.bench_process import BenchProcess, Plan
 from opendino.embed.runtimes.prepared import packs
 from opendino.errors import ConfigError, WeightsError
 from opendino.models.config import PreprocessSpec, ViTConfig
@@ -202,7 +203,7 @@ def test_weights_that_are_not_at_hand_are_told(monkeypatch):
 @pytest.mark.slow
 def test_a_worker_ends_with_its_leader(model, tmp_path):
     """Its input ends when the leader is gone, however that came about."""
-    process = bench._Process(Plan(model, None, (), threads=1), ("torch", "fp32"), tmp_path / "log")
+    process = BenchProcess(Plan(model, None, (), threads=1), ("torch", "fp32"), tmp_path / "log")
     assert process.about["arch"] == "custom"
     assert process.process
     assert process.process.stdin

@@ -15,7 +15,8 @@ import tyro
 from opendino.errors import ConfigError, DataError, WeightsError
 
 if TYPE_CHECKING:
-    from opendino.embed.runtimes.bench import Bench, Plan
+    from opendino.embed.runtimes.bench import Bench
+    from opendino.embed.runtimes.bench_process import Plan
 
 EXAMPLE = """Measure models on this machine: images/s, latency, memory, closeness to fp32 of each runtime and precision.
 
@@ -101,7 +102,8 @@ def plans_of(args: Args) -> tuple[list[Plan], list[str]]:
     """
     import torch
 
-    from opendino.embed.runtimes.bench import Plan, pairs_of
+    from opendino.embed.runtimes.bench import pairs_of
+    from opendino.embed.runtimes.bench_process import Plan
     from opendino.images.preprocess import parse_size
 
     for name, least in (("seconds", 0.01), ("rounds", 1), ("threads", 1)):

@@ -143,9 +143,9 @@ def extras() -> dict[str, Any]:
 def caches() -> dict[str, dict[str, Any]]:
     """Give place and size of each cache."""
     from opendino.embed.cache import DEFAULT_CACHE
-    from opendino.embed.runtimes.calibration import calibrations_folder
     from opendino.embed.runtimes.exported import CACHE
     from opendino.embed.runtimes.machine import cache_folder
+    from opendino.embed.runtimes.remembered import calibrations_folder
     from opendino.sample_data import packages
 
     folders = {
@@ -197,7 +197,7 @@ def published_weights() -> dict[str, str]:
 
 def calibrations() -> list[dict[str, Any]]:
     """Give what the runtime auto has measured, the newest first."""
-    from opendino.embed.runtimes.calibration import list_calibrations
+    from opendino.embed.runtimes.remembered import list_calibrations
 
     return [{"file": str(path), **found.model_dump(mode="json")} for path, found in list_calibrations()]
 

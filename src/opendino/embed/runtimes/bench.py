@@ -4,13 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -19,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from opendino.embed.runtimes.bench_worker import reason
-from opendino.embed.runtimes.calibration import REFERENCE, Candidate, Pair, pick
+from opendino.embed.runtimes.bench_process import BenchProcess, Plan
+from opendino.embed.runtimes.calibration import REFERENCE, pick
 from opendino.embed.runtimes.machine import memory
 from opendino.embed.runtimes.measure import Closeness, closeness, refusal
 from opendino.embed.runtimes.prepared import packs
+from opendino.embed.runtimes.remembered import Candidate, Pair
 from opendino.embed.runtimes.variants import RUNTIMES
 from opendino.errors import ConfigError
 
@@ -36,33 +32,6 @@ PROCESS_BYTES = 700 << 20
 """Of Python, torch and a runtime before any weights."""
 COPIES = 2.5
 """fp32 copies of the weights that a process holds at most: the model's, a prepared one's, and some in between."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be measured of one model.
-
-    Attributes:
-        model: what `opendino.load` takes.
-        weights: a file, "random", or None.
-        pairs: runtimes and precisions; the fp32 reference is measured whether it is here or not.
-        sizes: image sides or (height, width); None is the model's crop.
-        batches: images in a call.
-        seconds: of timing for a row.
-        rounds: turns that they are spread over.
-        device: "cpu", "cuda", …
-        threads: of each process; None: as the environment says.
-    """
-
-    model: str
-    weights: str | None
-    pairs: tuple[Pair, ...]
-    sizes: tuple[int | tuple[int, int] | None, ...] = (None,)
-    batches: tuple[int, ...] = (1, 8)
-    seconds: float = 5.0
-    rounds: int = 5
-    device: str = "cpu"
-    threads: int | None = None
 
 
 @dataclass
@@ -166,7 +135,7 @@ class Bench:
         self.rows: list[Row] = []
         self.about: dict[str, Any] = {}
         self.in_turn = True
-        self._workers: dict[Pair, _Process] = {}
+        self._workers: dict[Pair, BenchProcess] = {}
         self._sides: dict[int | tuple[int, int] | None, list[int]] = {}
 
     @property
@@ -215,16 +184,16 @@ class Bench:
         plain = self._workers.get(REFERENCE) if pair != REFERENCE else None
         missing = [p for p in PACKAGES.get(pair[0], ()) if importlib.util.find_spec(p) is None]
         if plain and plain.problem:  # a model that cannot be loaded is not tried again and again
-            self._workers[pair] = _Process.absent(plain.problem)
+            self._workers[pair] = BenchProcess.absent(plain.problem)
         elif missing:
-            self._workers[pair] = _Process.absent(
+            self._workers[pair] = BenchProcess.absent(
                 f"{' and '.join(missing)} not installed: pip install 'opendino[export]'"
             )
         else:
-            process = _Process(self.plan, pair, Path(folder) / f"{pair[0]}-{pair[1]}.log")
+            process = BenchProcess(self.plan, pair, Path(folder) / f"{pair[0]}-{pair[1]}.log")
             self._workers[pair] = process
             if process.exported:  # it has written the file and ended; a fresh one has a peak memory of its own
-                self._workers[pair] = process = _Process(self.plan, pair, process.log)
+                self._workers[pair] = process = BenchProcess(self.plan, pair, process.log)
             if process.about:
                 self.about = self.about or process.about
 
@@ -307,76 +276,3 @@ def chosen(rows: Sequence[Row]) -> Row | None:
         return None
     best = pick(candidates, REFERENCE)
     return next((r for r in rows if (r.runtime, r.precision) == best), None)
-
-
-class _Process:
-    """A worker, what it said when it was ready, and where its messages go."""
-
-    def __init__(self, plan: Plan, pair: Pair, log: Path) -> None:
-        threads = {} if plan.threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), plan.threads)
-        environment = {**os.environ, **{k: str(v) for k, v in threads.items()}}
-        self.log, self.problem, self.died = log, "", False
-        with open(log, "w") as file:
-            self.process: subprocess.Popen[str] | None = subprocess.Popen(
-                [sys.executable, "-m", "opendino.embed.runtimes.bench_worker"], text=True, env=environment,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
-                start_new_session=True,  # a Ctrl-C reaches the leading process alone
-            )  # fmt: skip
-        try:
-            answer = self.ask(
-                model=plan.model, weights=plan.weights, runtime=pair[0], precision=pair[1], device=plan.device
-            )
-        except BaseException:
-            self.close(kill=True)
-            raise
-        self.about: dict[str, Any] = answer.get("ready", {})
-        self.exported = bool(answer.get("exported"))
-        self.problem, self.died = answer.get("error", ""), False  # what cannot start is not started again
-
-    @classmethod
-    def absent(cls, problem: str) -> _Process:
-        """Stand for a process that cannot be."""
-        self = cls.__new__(cls)
-        self.process, self.problem, self.about, self.exported, self.died = None, problem, {}, False, False
-        return self
-
-    def ask(self, **message: Any) -> dict[str, Any]:
-        """Send a line and wait for the answer; a death is an error."""
-        if self.process is None or self.problem:
-            return {"error": self.problem}
-        assert self.process.stdin
-        assert self.process.stdout
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if line.endswith("\n"):
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-        self.problem, self.died = _fate(self.process.wait(), self.log), True
-        return {"error": self.problem}
-
-    def close(self, kill: bool = False) -> None:
-        """End it and wait."""
-        if self.process is None:
-            return
-        if kill:
-            self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):
-                if pipe:
-                    pipe.close()
-        self.process.wait()
-
-
-def _fate(code: int, log: Path) -> str:
-    if code < 0:
-        hint = ", as the system does when memory runs out" if code == -9 else ""
-        return f"the process was ended by signal {-code}{hint}"
-    try:
-        said = log.read_text(errors="replace").strip().splitlines()[-1:]
-    except OSError as error:
-        said = [reason(error)]
-    return f"the process ended with code {code}" + (f": {said[0]}" if said else "")

@@ -7,32 +7,33 @@ measured is kept in the user's cache, one file for a machine, weights, image siz
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from opendino._version import __version__
 from opendino.embed.runtimes.base import Runtime
-from opendino.embed.runtimes.machine import cache_folder, device_name, memory, usable_cores
+from opendino.embed.runtimes.machine import device_name, memory, usable_cores
 from opendino.embed.runtimes.measure import FLOORS, closeness, refusal, speedup, time_in_turn
 from opendino.embed.runtimes.prepared import packs
 from opendino.embed.runtimes.pytorch import TorchRuntime, resolve_precision
+from opendino.embed.runtimes.remembered import (
+    FORMAT,
+    Calibration,
+    Candidate,
+    Pair,
+    calibration_path,
+    read_calibration,
+    write_calibration,
+)
 from opendino.embed.runtimes.variants import can_compile, make_runtime
-from opendino.errors import ConfigError
 from opendino.export.images import batch_of, photographs
 from opendino.images.preprocess import Preprocess
 from opendino.models.config import ViTConfig
@@ -41,11 +42,11 @@ from opendino.native.build import kernels
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 MARGIN = 1.05
 """Gain below which the simpler runtime stays, and plain torch before all: less is not told from noise."""
 CHECK_IMAGES = 4
-"""Photographs whose vectors are compared with fp32's."""
+"""Photographs whose vectors are compared with fp32's; half of them for a model of more than LARGE_FLOPS an image."""
+LARGE_FLOPS = 1e11
 MOST_IMAGES = 8
 """In a timed call: larger batches are cut into pieces of about this size."""
 CALL_SECONDS = 2.0
@@ -54,62 +55,7 @@ SECONDS = 0.75
 """Of timing for each candidate, unless two rounds take longer."""
 MIN_FLOPS = 1e8
 """Of the forward pass of one image, below which nothing is measured: such a model is faster than images are read."""
-Pair = tuple[str, str]
-"""Runtime and precision."""
 REFERENCE: Pair = ("torch", "fp32")
-
-
-class Candidate(BaseModel):
-    """One runtime and precision, and what was measured.
-
-    Attributes:
-        runtime: one of `variants.RUNTIMES`.
-        precision: fp32, bf16 or fp16.
-        images_per_s: median of the rounds; None when it did not run.
-        speedup: over plain torch, median of the rounds' ratios.
-        cls: 1 − cosine to fp32 of the cls token, worst image.
-        patches: the same of the patch tokens, mean.
-        refused: why it may not be chosen, or None.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    runtime: str
-    precision: str
-    images_per_s: float | None = None
-    speedup: float | None = None
-    cls: float | None = None
-    patches: float | None = None
-    refused: str | None = None
-
-
-class Calibration(BaseModel):
-    """What was measured on one machine for one model, image size and batch.
-
-    Attributes:
-        format: of the file.
-        key: all that the figures depend on.
-        when: it was measured, UTC.
-        seconds: that measuring took.
-        plain: runtime and precision of plain torch, which the others are compared with.
-        chosen: runtime and precision.
-        candidates: in the order in which they took turns.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: int
-    key: dict[str, Any]
-    when: str
-    seconds: float
-    plain: Pair
-    chosen: Pair
-    candidates: list[Candidate]
-
-    @property
-    def best(self) -> Candidate:
-        """The chosen candidate."""
-        return next(c for c in self.candidates if (c.runtime, c.precision) == self.chosen)
 
 
 @dataclass(frozen=True)
@@ -237,7 +183,9 @@ def calibrate(
     """
     start = perf_counter()
     height, width = key["size"]
-    images = example_images(model, (height, width), max(CHECK_IMAGES, key["batch"]))
+    large = forward_flops(model.config, (height, width)) > LARGE_FLOPS
+    check = CHECK_IMAGES // 2 if large else CHECK_IMAGES
+    images = example_images(model, (height, width), max(check, key["batch"]))
     runtimes, found = {}, {}
     reference: dict[str, Tensor] = {}
     per_image = 0.0
@@ -245,7 +193,7 @@ def calibrate(
         try:
             runtime = make_runtime(model, *pair)
             before = perf_counter()
-            vectors = fetched(runtime, images[:CHECK_IMAGES], ("cls", "patches"))
+            vectors = fetched(runtime, images[:check], ("cls", "patches"))
         except Exception as error:  # each runtime fails in its own words, and another one can do the work
             if pair == plain:
                 raise
@@ -254,12 +202,13 @@ def calibrate(
             found[pair] = Candidate(runtime=pair[0], precision=pair[1], refused=f"it does not run: {reason}")
             continue
         if pair == REFERENCE:
-            reference, per_image = vectors, (perf_counter() - before) / CHECK_IMAGES
+            reference, per_image = vectors, (perf_counter() - before) / check
         found[pair], runtimes[pair] = _checked(pair, vectors, reference, precision), runtime
     count = max(1, min(key["batch"], int(CALL_SECONDS / per_image)))
     calls = {pair: _call(runtime, images[:count]) for pair, runtime in runtimes.items()}
-    for call in calls.values():
-        call()
+    for pair, call in calls.items():
+        if not large or pair[0] == "torch-compiled":  # which builds code for each new number of images
+            call()
     named = {" ".join(pair): call for pair, call in calls.items()}
     times = time_in_turn(named, SECONDS * len(named))
     for pair in calls:
@@ -338,57 +287,3 @@ def key_of(
         "weights_sha256": TorchRuntime(model).weights_sha256(), "size": list(sides), "batch": batch,
         "precision": precision, "candidates": [list(p) for p in pairs],
     }  # fmt: skip
-
-
-def calibrations_folder() -> Path:
-    """Give the folder of the calibrations: OPENDINO_CALIBRATIONS, else one in the user's cache."""
-    return cache_folder("calibrations", "OPENDINO_CALIBRATIONS")
-
-
-def calibration_path(key: dict[str, Any]) -> Path:
-    """Give the file of a calibration."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return calibrations_folder() / f"{digest[:24]}.json"
-
-
-def read_calibration(path: Path, key: dict[str, Any] | None = None) -> Calibration | None:
-    """Read a calibration; one that is damaged, or of another format or key, is told and counts as missing."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        log.warning("%s cannot be read and is made again: %s", path, error)
-        return None
-    try:
-        found = Calibration.model_validate_json(text)
-        if found.format != FORMAT or (key is not None and found.key != key):
-            raise ConfigError("it was made for something else")
-        found.best  # noqa: B018 - a choice that is not among the candidates
-    except (ValidationError, ConfigError, StopIteration) as error:
-        reason = str(error).splitlines()[0] if str(error) else "its choice is not among its candidates"
-        log.warning("%s is damaged and is made again: %s", path, reason)
-        return None
-    return found
-
-
-def write_calibration(path: Path, found: Calibration) -> None:
-    """Write a calibration aside and rename it; a cache that cannot be written to is told and costs nothing else."""
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-            aside = file.name
-            file.write(found.model_dump_json(indent=1) + "\n")
-        os.replace(aside, path)
-    except OSError as error:
-        log.warning("What was measured cannot be kept in %s, so it is measured again next time: %s", path, error)
-        if aside:
-            with suppress(OSError):
-                os.unlink(aside)
-
-
-def list_calibrations() -> list[tuple[Path, Calibration]]:
-    """Read all calibrations that are kept, the newest first."""
-    found = ((path, read_calibration(path)) for path in sorted(calibrations_folder().glob("*.json")))
-    return sorted(((p, c) for p, c in found if c), key=lambda pair: pair[1].when, reverse=True)

@@ -31,14 +31,17 @@ class Closeness:
     patches: float
 
 
-SLACK = 2.0
-"""The promises of the default modes hold for trained weights and many images; a handful scatters around them."""
 FLOORS: dict[str, Closeness] = {
-    "fp32": Closeness(SLACK * 1e-6, SLACK * 1e-6),
-    "bf16": Closeness(SLACK * 1e-4, SLACK * 1e-5),
-    "fp16": Closeness(SLACK * 1e-4, SLACK * 1e-5),
+    "fp32": Closeness(2e-6, 2e-6),
+    "bf16": Closeness(2e-4, 3e-5),
+    "fp16": Closeness(2e-4, 3e-5),
 }
-"""The most that a precision may differ to be chosen by `auto`. One that is not here is never chosen by itself."""
+"""The most that a precision may differ to be chosen by `auto`; one that is not here is never chosen by itself.
+
+The default modes promise, for trained weights and many images, 1e-6 in fp32, and in half precisions 1e-4 for cls and
+1e-5 for patches. Twice and three times that, because a handful of images scatters, and rounding adds up over blocks:
+patches of a random ViT-S, B and L in bf16 are at 0.8e-5, 1.3e-5 and 1.9e-5.
+"""
 
 
 def closeness(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Closeness:
