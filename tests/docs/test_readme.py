@@ -146,6 +146,8 @@ def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     assert args[0] in COMMANDS
     if args[0] == "export":
         make_export(args, folder)
+    if args[0] == "benchmark":
+        args = [*args, "--seconds", "0.1", "--rounds", "1", "--runtime", "torch"]
     if "ray" in args:
         pytest.importorskip("ray")
     if args[0] == "demo":

@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("finetune", "tune a backbone with labels, against a linear probe on the frozen one"),
     "stats": ("stats", "mean and std of each channel of your images, for a recipe"),
     "demo": ("demo", "pre-train a small model on real photographs and write a report"),
+    "benchmark": ("benchmark", "images/s, latency, memory and exactness of each runtime on this machine"),
+    "doctor": ("doctor", "what this machine and installation can do, and what is missing"),
     "plan": ("plan", "what a run will take: memory, hours, energy"),
     "card": ("card", "write the model card of a run"),
     "report": ("report", "judge a pre-training run in plain words and write its page"),

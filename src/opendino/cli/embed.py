@@ -58,8 +58,9 @@ class Args:
     """Weight file for a model given by name; 'random' draws them from seed 0."""
     precision: str = "auto"
     """auto, fp32, bf16 or fp16; bf16 is the fast one on a processor that has it."""
-    runtime: str = "torch"
-    """torch; or onnx or openvino, which export the model to a cache first (docs/export.md)."""
+    runtime: str = "auto"
+    """auto measures once which is fastest here and close enough to fp32 (docs/runtimes.md). Or torch, torch-prepared,
+    torch-compiled, onnx, openvino. A folder that was begun goes on as it was begun."""
     device: str | None = None
     """cpu, cuda, …; default: cuda if there is one."""
     shard_rows: int = 4096
@@ -92,37 +93,43 @@ def main(argv: list[str]) -> int:
         task = bar.add_task("embed", total=None, rate="", errors=0)
 
         def on_batch(rows: int, errors: int, total: int) -> None:
-            nonlocal before
-            before = rows if before < 0 else before
-            show(bar, task, rows, errors, total, (rows - before) / (perf_counter() - start))
+            nonlocal before, start
+            if before < 0:  # images/s begin when the model is loaded, and what auto means is known
+                before, start = rows, perf_counter()
+            show(bar, task, rows, errors, total, (rows - before) / max(perf_counter() - start, 1e-6))
 
         try:
-            progress = run(args, on_batch)
+            progress, choice = run(args, on_batch)
         except KeyboardInterrupt as stop:
             raise Interrupted(getattr(stop, "number", 2), args.out) from None
-    tell(args, progress, perf_counter() - start)
+    tell(args, progress, perf_counter() - start, choice)
     return 0
 
 
-def run(args: Args, on_batch: Any) -> Any:
-    """Do the job with the engine that is asked for."""
-    job = job_of(args)
+def run(args: Args, on_batch: Any) -> tuple[Any, Any]:
+    """Do the job with the engine that is asked for; give the progress, and what `auto` chose or None."""
+    from opendino.embed.settled import settle
+    from opendino.images.sources import open_source
+
+    alone = args.engine == "local" and (args.nproc or 1) == 1
+    source = open_source(args.input) if alone else None  # a wrong path is told before anything is measured
+    settled = settle(job_of(args), ray=args.engine == "ray")
+    job = settled.job
     if args.engine == "ray":
         from opendino.embed.ray_backend import embed_with_ray
 
-        return embed_with_ray(job, address=args.address, actors=args.nproc, on_batch=on_batch)
-    if (args.nproc or 1) > 1:
+        return embed_with_ray(job, address=args.address, actors=args.nproc, on_batch=on_batch), settled.choice
+    if source is None:
         from opendino.embed.pool import embed_with_processes
 
-        return embed_with_processes(job, args.nproc or 1, on_batch)
+        return embed_with_processes(job, args.nproc or 1, on_batch), settled.choice
     from opendino.embed.writer import embed_to_folder
-    from opendino.images.sources import open_source
 
-    source = open_source(args.input)
-    return embed_to_folder(
+    progress = embed_to_folder(
         job.make_embedder(), source, job.out, model_name=job.model, weights=job.weights, max_errors=job.max_errors,
         shard_rows=job.shard_rows, dtype=job.dtype, on_batch=on_batch,
     )  # fmt: skip
+    return progress, settled.choice
 
 
 def job_of(args: Args) -> Any:
@@ -142,15 +149,17 @@ def job_of(args: Args) -> Any:
     ).absolute()  # fmt: skip
 
 
-def tell(args: Args, progress: Any, seconds: float) -> None:
-    """Print what was done, and what could not be read."""
+def tell(args: Args, progress: Any, seconds: float, choice: Any = None) -> None:
+    """Print what was done, what could not be read, and what `auto` chose."""
     new, bad = progress.count - progress.before, progress.errors
-    figures = {"count": progress.count, "new": new, "errors": bad, "images_per_s": round(new / seconds, 2)}
+    figures = {"count": progress.count, "new": new, "errors": bad, "images_per_s": round(new / max(seconds, 1e-6), 2)}
     if args.json:
-        print(json.dumps(figures))
+        print(json.dumps(figures | ({"auto": choice.summary()} if choice else {})))
         return
     rate = figures["images_per_s"]
     print(f"{progress.count} images in {args.out} ({new} new, {bad} unreadable), {rate} images/s")
+    if choice:
+        print(f"  by {choice.runtime} {choice.precision}: {choice.why}")
     for path, error in progress.examples:
         print(f"  {error if error.startswith(path) else f'{path}: {error}'}")
     if bad:

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from opendino.embed.runtimes.base import Precision as Precision
 from opendino.embed.runtimes.base import Runtime
+from opendino.embed.runtimes.calibration import Choice, choose_runtime
 from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.embed.runtimes.pytorch import resolve_precision as resolve_precision
 from opendino.embed.runtimes.stored import StoredModel, stays_stored
+from opendino.embed.runtimes.variants import make_runtime
 from opendino.errors import ConfigError, DataError, MissingExtraError
 from opendino.export.session import is_exported
 from opendino.images.ahead import map_ahead
@@ -36,7 +38,7 @@ from opendino.models.vit import VisionTransformer
 log = logging.getLogger(__name__)
 
 What = Literal["cls", "mean", "patches"]
-RuntimeName = Literal["torch", "onnx", "openvino"]
+RuntimeName = Literal["auto", "torch", "torch-prepared", "torch-compiled", "onnx", "openvino"]
 Fit = Literal["crop", "resize", "pad"]
 Array = npt.NDArray[np.float32]
 ImageInput = Any
@@ -88,9 +90,11 @@ class Embedder:
         model: a VisionTransformer, whatever `opendino.load` takes, or a file that `opendino export` wrote (.onnx or
             .xml).
         precision: "auto" is fp32 on a CPU, and on CUDA bf16 where the card has it, fp16 elsewhere; an exported file has
-            its own.
-        runtime: "torch"; or "onnx" or "openvino", which export the model to a cache once, verify it, and run it on the
-            CPU.
+            its own. With the runtime "auto" it is chosen by measuring, or kept where it is named.
+        runtime: "torch"; "auto", the fastest here whose vectors are close enough to fp32, measured once for a model,
+            size and batch (docs/runtimes.md); "torch-prepared", a copy of the weights for a CPU; "torch-compiled",
+            through torch.compile; or "onnx" or "openvino", which export the model to a cache once, verify it, and run
+            it on the CPU.
         batch_size: images in one forward pass.
         device: default: where a given model lies; for a model loaded here CUDA if there is one, else the CPU.
         size: image side in pixels, or (height, width); default: the crop that travels with the model, or the size of an
@@ -105,6 +109,7 @@ class Embedder:
     Attributes:
         runtime: what computes the vectors (`opendino.embed.runtimes.base.Runtime`).
         config: shape of the backbone.
+        choice: what "auto" chose and why (`opendino.embed.runtimes.calibration.Choice`); None when it was not asked.
 
     Raises:
         ConfigError: for a setting out of range.
@@ -128,7 +133,7 @@ class Embedder:
         workers: int | None = None,
         weights: str | Path | None = None,
     ) -> None:
-        self.runtime = _as_runtime(model, runtime, precision, device, weights)
+        self.runtime, self.choice = _as_runtime(model, runtime, precision, device, weights, size, batch_size)
         self.device, self.precision, self.config = self.runtime.device, self.runtime.precision, self.runtime.config
         self.batch_size, self.layers, self.what = batch_size, layers, _checked_what(what, self.runtime)
         if batch_size < 1:
@@ -258,8 +263,8 @@ class Embedder:
 
 def _as_runtime(
     model: VisionTransformer | str | Path, runtime: str, precision: str, device: str | torch.device | None,
-    weights: str | Path | None,
-) -> Runtime:  # fmt: skip
+    weights: str | Path | None, size: int | tuple[int, int] | None, batch_size: int,
+) -> tuple[Runtime, Choice | None]:  # fmt: skip
     if runtime not in get_args(RuntimeName):
         raise ConfigError(f"runtime is {runtime!r}; it must be one of {', '.join(get_args(RuntimeName))}.")
     if not isinstance(model, VisionTransformer) and is_exported(model):
@@ -267,16 +272,15 @@ def _as_runtime(
 
         if weights is not None or _as_device(device) not in (None, torch.device("cpu")):
             raise ConfigError(f"{model} is an exported file: it has its weights in it and runs on the CPU.")
-        return ExportedRuntime(model, precision)
-    if runtime == "torch":
-        if stays_stored(model, weights, _as_device(device), precision):
-            assert isinstance(model, str | Path)
-            return TorchRuntime(StoredModel(model, weights), precision)
-        return TorchRuntime(_as_model(model, device, weights), precision)
-    from opendino.embed.runtimes.exported import CachedExportRuntime
-
-    where = "cpu" if device is None and not isinstance(model, VisionTransformer) else device
-    return CachedExportRuntime(_as_model(model, where, weights), "onnx" if runtime == "onnx" else "openvino", precision)
+        return ExportedRuntime(model, precision), None
+    if runtime == "torch" and stays_stored(model, weights, _as_device(device), precision):
+        assert isinstance(model, str | Path)
+        return TorchRuntime(StoredModel(model, weights), precision), None
+    on_cpu = runtime in ("onnx", "openvino") and device is None and not isinstance(model, VisionTransformer)
+    backbone = _as_model(model, "cpu" if on_cpu else device, weights)
+    if runtime == "auto":
+        return choose_runtime(backbone, precision, size=size, batch_size=batch_size)
+    return make_runtime(backbone, runtime, precision), None
 
 
 def _checked_size(size: int | tuple[int, int] | None, runtime: Runtime) -> int | tuple[int, int] | None:

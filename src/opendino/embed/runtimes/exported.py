@@ -162,6 +162,14 @@ class CachedExportRuntime:
         """Give the runtime."""
         return {"runtime": self.name}
 
+    def exported(self, layers: int = 1) -> bool:
+        """Say whether the file for vectors of so many blocks lies in the cache already."""
+        return self._folder(self._described(layers)).exists()
+
+    def _folder(self, info: ExportInfo) -> Path:
+        key = hashlib.sha256(json.dumps(info.to_strings(), sort_keys=True).encode()).hexdigest()[:24]
+        return self.cache / f"{self.name}-{key}"
+
     def _described(self, layers: int) -> ExportInfo:
         stored: ExportPrecision = "fp32" if self.precision == "bf16" else cast(ExportPrecision, self.precision)
         outputs = [n for n in OUTPUTS if n != "registers" or self.config.num_register_tokens]
@@ -170,8 +178,7 @@ class CachedExportRuntime:
     def _make(self, layers: int) -> ExportedRuntime:
         info = self._described(layers)
         suffix = next(s for s, kind in SUFFIXES.items() if kind == self.name)
-        key = hashlib.sha256(json.dumps(info.to_strings(), sort_keys=True).encode()).hexdigest()[:24]
-        folder = self.cache / f"{self.name}-{key}"
+        folder = self._folder(info)
         if not folder.exists():
             log.warning("Exporting the model to %s for %s; this is done once.", folder, self.name)
             self.cache.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast, get_args
 
@@ -80,13 +80,16 @@ class TorchRuntime:
         try:
             with self._autocast():
                 tokens = model.prepare_tokens(images.to(self.device, model.cls_token.dtype))
-                for i, block in enumerate(model.blocks):
+                for i, block in enumerate(self._blocks()):
                     tokens = block(tokens)
                     if i >= model.n_blocks - layers:
                         outputs.append(model.norm(tokens).float())
         finally:
             model.train(was_training)
         return torch.cat(outputs, dim=-1)
+
+    def _blocks(self) -> Iterable[Callable[[Tensor], Tensor]]:
+        return self.model.blocks
 
     def _is_prepared(self) -> bool:
         """Say whether bf16 products in oneDNN's layout serve: fp32 weights on a CPU that has them."""
