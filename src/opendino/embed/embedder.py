@@ -264,6 +264,11 @@ def _as_runtime(
         if weights is not None or _as_device(device) not in (None, torch.device("cpu")):
             raise ConfigError(f"{model} is an exported file: it has its weights in it and runs on the CPU.")
         return ExportedRuntime(model, precision)
+    if runtime == "torch" and precision == "int8":
+        from opendino.embed.runtimes.int8 import Int8Runtime
+
+        on_cpu = device is None and not isinstance(model, VisionTransformer)
+        return Int8Runtime(_as_model(model, "cpu" if on_cpu else device, weights))
     if runtime == "torch":
         return TorchRuntime(_as_model(model, device, weights), precision)
     from opendino.embed.runtimes.exported import CachedExportRuntime
