@@ -12,6 +12,7 @@ from opendino.embed.runtimes import int8 as runtimes
 from opendino.embed.runtimes.closeness import closeness, nearest, vote
 from opendino.embed.runtimes.int8 import Int8Runtime, Int8ViT
 from opendino.embed.runtimes.pytorch import TorchRuntime
+from opendino.embed.runtimes.rounding import round_for
 from opendino.errors import ConfigError, DataError
 from opendino.evaluate.knn import knn_predict
 from opendino.models.config import ViTConfig
@@ -254,3 +255,66 @@ def test_neighbours_and_votes_by_hand():
     similar, number = torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([[0, 1, 2]])
     assert vote(similar, number, torch.tensor([0, 1, 1])).item() == 0  # e^(0.1/0.07) is more than 2
     assert vote(similar, number, torch.tensor([1, 1, 0])).item() == 1
+
+
+def test_rounding_for_inputs_changes_the_outputs_less_and_no_weight_by_much():
+    torch.manual_seed(0)
+    inputs = torch.randn(400, 200) @ torch.randn(200, 200) / 14  # correlated channels, more than one group of columns
+    inputs[:, 7] = 0  # a channel that is never used
+    weight = torch.randn(30, 200)
+    exact = inputs @ weight.T
+
+    def error(rounded):
+        return float((inputs @ (rounded[0].float() * rounded[1][:, None]).T - exact).square().mean())
+
+    nearest_one, fitted = quantise_weight(weight), round_for(weight, inputs)
+    assert torch.equal(nearest_one[1], fitted[1])
+    assert error(fitted) < 0.5 * error(nearest_one)
+    assert (nearest_one[0].int() - fitted[0].int()).abs().max() < 20
+    assert fitted[0].abs().max() <= 127
+
+
+def test_rounding_equals_the_recursion_without_groups():
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(4, 150), torch.randn(300, 150)
+    rounded, scale = round_for(weight, inputs)
+    moments = (inputs.T @ inputs).double()
+    inverse = torch.linalg.inv(moments + 0.01 * moments.diagonal().mean() * torch.eye(150))
+    left, found = weight.double(), torch.zeros(4, 150)
+    for k in range(150):  # the inverse of the moments of the channels from k on: the textbook's own form
+        found[:, k] = (left[:, k] / scale).round().clamp(-127, 127)
+        error = (left[:, k] - found[:, k] * scale) / inverse[0, 0]
+        left[:, k:] -= error[:, None] * inverse[0]
+        inverse = inverse[1:, 1:] - inverse[1:, :1] * inverse[:1, 1:] / inverse[0, 0]
+    assert (found == rounded).float().mean() > 0.995  # ties of fp32
+
+
+@needs_vnni
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_calibration_brings_vectors_nearer_to_fp32(ffn):
+    model = make_model(ffn=ffn).train()
+    images = torch.nn.functional.interpolate(torch.randn(40, 3, 6, 6), size=(56, 56), mode="bicubic")
+    runtime = Int8Runtime(model)
+    before = closeness(runtime, TorchRuntime(model), [images[32:]])
+    assert runtime.identity() == {}
+    runtime.calibrate(images)
+    assert model.training
+    after = closeness(runtime, TorchRuntime(model), [images[32:]])
+    assert after.patches < 0.95 * before.patches
+    assert set(runtime.identity()) == {"calibration_sha256"}
+    assert runtime.calibration.shape[0] == 32
+
+
+@needs_vnni
+def test_an_embedder_takes_calibration_images_and_says_what_it_cannot_use(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (60, 70, 3), dtype=np.uint8) for _ in range(3)]
+    model = make_model()
+    embedder = Embedder(model, precision="int8", size=56, calibration=[*pictures, tmp_path / "none.jpg"])
+    assert embedder.runtime.calibration.shape == (3, 3, 56, 56)
+    assert "1 of 4 calibration images could not be read" in caplog.text
+    np.testing.assert_allclose(embedder(pictures).cls, Embedder(model, size=56)(pictures).cls, atol=0.2)
+    with pytest.raises(ConfigError, match=r"precision is 'fp32'.*needs none"):
+        Embedder(model, size=56, calibration=pictures)
+    with pytest.raises(DataError, match="None of the 1 calibration images"):
+        Embedder(model, precision="int8", size=56, calibration=[tmp_path / "none.jpg"])

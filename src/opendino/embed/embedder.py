@@ -100,6 +100,7 @@ class Embedder:
         what: which vectors to give, default all; registers are always given.
         workers: threads that read and preprocess ahead of the forward pass; 0 reads in the calling thread.
         weights: passed to `opendino.load` when `model` is not a VisionTransformer.
+        calibration: images like yours, a few dozen, that int8 rounds the model's weights for (docs/export.md).
 
     Attributes:
         runtime: what computes the vectors (`opendino.embed.runtimes.base.Runtime`).
@@ -126,6 +127,7 @@ class Embedder:
         what: Sequence[str] | None = None,
         workers: int | None = None,
         weights: str | Path | None = None,
+        calibration: Sequence[ImageInput] | None = None,
     ) -> None:
         self.runtime = _as_runtime(model, runtime, precision, device, weights)
         self.device, self.precision, self.config = self.runtime.device, self.runtime.precision, self.runtime.config
@@ -141,6 +143,22 @@ class Embedder:
         height, width, patch = self.preprocess.height, self.preprocess.width, self.config.patch_size
         self.input_shape = (self.config.in_chans, height, width)
         self.grid = (height // patch, width // patch)
+        if calibration is not None:
+            self._calibrate(calibration)
+
+    def _calibrate(self, images: Sequence[ImageInput]) -> None:
+        calibrate = getattr(self.runtime, "calibrate", None)
+        if calibrate is None:
+            raise ConfigError(
+                f"calibration is given, but precision is {self.precision!r} in the runtime {self.runtime.name}, which "
+                "needs none. Give it with precision='int8' and the runtime torch."
+            )
+        pixels = [read.pixels for read in map(self._read, images) if read.pixels is not None]
+        if not pixels:
+            raise DataError(f"None of the {len(images)} calibration images could be read. Give some that can.")
+        if len(pixels) < len(images):
+            log.warning("%d of %d calibration images could not be read.", len(images) - len(pixels), len(images))
+        calibrate(torch.stack(pixels))
 
     @property
     def model(self) -> VisionTransformer:

@@ -98,8 +98,11 @@ class PreparedViT:
         """Images of a piece: few enough for the cache, and pieces for every thread."""
         p = self.config.patch_size
         tokens = 1 + self.config.num_register_tokens + (images.shape[-2] // p) * (images.shape[-1] // p)
-        fits = max(1, PIECE_VALUES // (tokens * self.config.embed_dim))
+        fits = max(1, self._piece_values() // (tokens * self.config.embed_dim))
         return max(1, min(fits, -(-len(images) // self.threads)))
+
+    def _piece_values(self) -> int:
+        return PIECE_VALUES
 
     @torch.inference_mode()
     def _piece(self, images: Tensor, layers: int) -> Tensor:
