@@ -9,7 +9,7 @@ import torch
 
 from opendino.embed.embedder import Embedder
 from opendino.embed.runtimes import int8 as runtimes
-from opendino.embed.runtimes.closeness import closeness, nearest, vote
+from opendino.embed.runtimes.closeness import Closeness, closeness, nearest, vote
 from opendino.embed.runtimes.int8 import Int8Runtime, Int8ViT
 from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.embed.runtimes.rounding import round_for
@@ -289,6 +289,11 @@ def test_rounding_equals_the_recursion_without_groups():
     assert (found == rounded).float().mean() > 0.995  # ties of fp32
 
 
+def test_rounding_for_inputs_that_are_not_finite_is_to_the_nearest():
+    weight, inputs = torch.randn(4, 6), torch.full((9, 6), float("nan"))
+    assert torch.equal(round_for(weight, inputs)[0], quantise_weight(weight)[0])
+
+
 @needs_vnni
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_calibration_brings_vectors_nearer_to_fp32(ffn):
@@ -318,3 +323,13 @@ def test_an_embedder_takes_calibration_images_and_says_what_it_cannot_use(tmp_pa
         Embedder(model, size=56, calibration=pictures)
     with pytest.raises(DataError, match="None of the 1 calibration images"):
         Embedder(model, precision="int8", size=56, calibration=[tmp_path / "none.jpg"])
+
+
+def test_the_floor_refuses_each_of_its_three_figures():
+    good = {"images": 1000, "cls": 1e-4, "cls_mean": 1e-5, "patches": 1e-5, "neighbours": 1.0, "votes": 0.996}
+    assert runtimes.too_far(Closeness(**good)) is None
+    assert "worst cls token is 4.0e-04" in runtimes.too_far(Closeness(**good | {"cls": 4e-4}))
+    assert "worst cls token" in runtimes.too_far(Closeness(**good | {"cls": float("nan")}))
+    assert "patches is 6.0e-05" in runtimes.too_far(Closeness(**good | {"patches": 6e-5}))
+    assert "99.40% of the k-NN answers" in runtimes.too_far(Closeness(**good | {"votes": 0.994}))
+    assert runtimes.too_far(Closeness(**good | {"votes": 0.994, "images": 999})) is None

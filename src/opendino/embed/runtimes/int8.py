@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opendino.embed.runtimes.closeness import Closeness
 from opendino.embed.runtimes.prepared import PreparedBlock, PreparedViT, packs, scaled
 from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.embed.runtimes.rounding import round_for
@@ -33,6 +34,10 @@ from opendino.native.int8 import PackedLinear, add_feed_forward, int8_supported,
 
 OFFERED_BY_AUTO = True
 """Whether the runtime auto may choose int8 where it is fastest and within its floor."""
+MOST_CLS, MOST_PATCHES, LEAST_VOTES = 3e-4, 5e-5, 0.995
+"""The floor: 1 − cosine to fp32 of the worst cls token and of the patches, mean; share of k-NN answers that stay, where
+there are labels and ENOUGH images to tell (`opendino.embed.runtimes.closeness`)."""
+ENOUGH = 1000
 PIECE_VALUES = 2**21
 """Of the residual stream in a piece of a batch. More than in bf16: hidden layers stay in the cache whatever its size,
 and the bf16 weights for cls and registers are read once a piece."""
@@ -80,6 +85,17 @@ class Int8Runtime(TorchRuntime):
         if self._prepared is None or now != self._prepared_from:
             self._prepared, self._prepared_from = Int8ViT(self.model, self.calibration), now
         return self._prepared
+
+
+def too_far(close: Closeness) -> str | None:
+    """Say why vectors are too far from fp32 for auto to choose int8, or None."""
+    if not close.cls <= MOST_CLS:
+        return f"1 − cosine of the worst cls token is {close.cls:.1e}, more than {MOST_CLS:.0e}"
+    if not close.patches <= MOST_PATCHES:
+        return f"1 − cosine of the patches is {close.patches:.1e}, more than {MOST_PATCHES:.0e}"
+    if close.votes is not None and close.images >= ENOUGH and close.votes < LEAST_VOTES:
+        return f"{close.votes:.2%} of the k-NN answers are the same, fewer than {LEAST_VOTES:.1%}"
+    return None
 
 
 def unsupported(model: VisionTransformer) -> str | None:

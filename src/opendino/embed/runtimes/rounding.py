@@ -46,13 +46,11 @@ def round_for(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
 def _factor(moments: Tensor) -> Tensor:
     """Give the upper triangular factor of the inverse of (K, K) second moments: its rows say what makes up for what."""
     mean = moments.diagonal().mean().clamp_min(1e-12)
-    damping = DAMPING
     upper: Tensor
-    while True:
-        damped = moments + damping * mean * torch.eye(len(moments))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        lower, failed = torch.linalg.cholesky_ex(moments + damping * mean * torch.eye(len(moments)))
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return upper
-        damping *= 10
+    return torch.eye(len(moments))  # inputs that are not finite: rounding to the nearest
