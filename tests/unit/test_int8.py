@@ -25,9 +25,11 @@ needs_vnni = pytest.mark.skipif(not int8_supported(LIBRARY), reason="this proces
 SIZES = {"even": (32, 64, 32), "odd": (10, 50, 30), "one panel and a bit": (7, 33, 17)}
 
 
-def run(x, first, second, dim, gated=False, skipped=0, threads=1):
+def run(x, first, second, dim, gated=False, skipped=0, threads=1, most_noise=1.0):
     stream = torch.zeros(*x.shape[:2], dim)
-    add_feed_forward(LIBRARY, x.bfloat16(), stream, first, second, gated=gated, skipped=skipped, threads=threads)
+    options = {"gated": gated, "skipped": skipped, "threads": threads, "most_noise": most_noise}
+    coarse = add_feed_forward(LIBRARY, x.bfloat16(), stream, first, second, **options)
+    assert not stream[coarse].any()
     return stream
 
 
@@ -132,6 +134,30 @@ def test_a_constant_token_and_one_that_is_not_finite():
     assert out[2].isfinite().all()
 
 
+@needs_vnni
+def test_tokens_with_too_much_noise_are_named_and_left_alone():
+    torch.manual_seed(0)
+    x = torch.randn(2, 20, 512).bfloat16()
+    x[1, 7, 3], x[0, 5, 100] = 200, 15  # 200 leaves the others a handful of levels, 15 a good many
+    first = PackedLinear(*quantise_weight(torch.randn(1024, 512) / 20), None)
+    second = PackedLinear(*quantise_weight(torch.randn(64, 1024) / 30), None, inputs=first.gives)
+    stream = torch.zeros(2, 20, 64)
+    coarse = add_feed_forward(LIBRARY, x, stream, first, second, gated=False, skipped=1, threads=1)
+    noise = (x.float().amax(2) - x.float().amin(2)) / 255 / 12**0.5 / x.float().square().mean(2).sqrt()
+    assert (noise > 0.02).nonzero().tolist() == coarse.nonzero().tolist() == [[1, 7]]
+    assert not stream[1, 7].any()
+    assert (stream[:, 1:].abs().amax(2) > 0).sum() == 2 * 19 - 1
+    large_hidden = torch.randn(1024, 512) / 20
+    large_hidden[5] *= 100
+    first = PackedLinear(*quantise_weight(large_hidden), None)
+    some, stream = x[:, :5].contiguous(), torch.zeros(2, 5, 64)
+    coarse = add_feed_forward(LIBRARY, some, stream, first, second, gated=False, skipped=0, threads=1)
+    hidden = torch.nn.functional.gelu(some.float() @ large_hidden.T)
+    noise = (hidden.amax(2) - hidden.amin(2)) / 255 / 12**0.5 / hidden.square().mean(2).sqrt()
+    assert 0 < (noise > 0.02).sum() < 10
+    assert torch.equal(coarse, noise > 0.02)
+
+
 def make_model(**overrides):
     torch.manual_seed(0)
     model = VisionTransformer(
@@ -165,6 +191,30 @@ def test_a_model_in_int8_is_close_to_fp32(shape):
     assert close.cls < 1e-3
     assert close.cls_mean < 3e-4
     assert close.patches < 3e-4
+
+
+@needs_vnni
+def test_a_model_with_large_channels_is_close_too(monkeypatch):
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight[3] *= 60
+        model.blocks[0].mlp.fc2.weight[:, 3] /= 20
+    images = [torch.randn(4, 3, 84, 56)]
+    close = closeness(Int8Runtime(model), TorchRuntime(model), images)
+    assert close.patches < 1e-4
+    monkeypatch.setattr(runtimes, "add_feed_forward", lambda *a, **k: add_feed_forward(*a, **k, most_noise=1.0))
+    assert closeness(Int8Runtime(model), TorchRuntime(model), images).patches > 3 * close.patches
+
+
+@needs_vnni
+def test_without_bf16_products_the_rest_is_fp32(monkeypatch):
+    monkeypatch.setattr(runtimes, "attention_supported", lambda library: False)
+    model = make_model()
+    runtime = Int8Runtime(model)
+    close = closeness(runtime, TorchRuntime(model), [torch.randn(4, 3, 84, 56)])
+    assert runtime._prepare().precision == "fp32"
+    assert close.cls < 1e-3
+    assert close.patches < 2e-4
 
 
 @needs_vnni

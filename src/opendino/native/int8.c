@@ -29,9 +29,11 @@ typedef struct {
 typedef struct {
     const uint16_t *x;                // bf16 (images, tokens, in)
     float *stream;                    // fp32 (images, tokens, out), added to
+    uint8_t *coarse;                  // (images, tokens): 1 where nothing was added, as 8 bits are too few; see `most`
     int64_t images, tokens, skipped;  // the first tokens of an image that are left alone
     int64_t in, out;
     int64_t gated;                    // a panel of the first layer is 16 gates and their 16 values: silu(gate)·value
+    float most;                       // rounding noise of a token's activations, in parts of their root mean square
     Linear first, second;
     atomic_long *next;                // threads that share a call take blocks by it; it begins at 0
 } FeedForward;
@@ -101,22 +103,29 @@ static inline __m512 silu(__m512 y) {
 }
 
 // One token of `n` values (a multiple of 4; memory up to a multiple of 16) to 8 bits. `out` is its place in a group.
-static inline void quantise(const float *row, int64_t n, __m512 lowest, __m512 highest, uint8_t *out, float *low,
-                            float *step) {
+// Says whether a few large values leave the others with noise above `most`: uniform, so step/√12.
+static inline int quantise(const float *row, int64_t n, __m512 lowest, __m512 highest, uint8_t *out, float *low,
+                           float *step, float most) {
     float a = _mm512_reduce_min_ps(lowest), range = _mm512_reduce_max_ps(highest) - a;
     *low = a;
     *step = range / 255.0f;
     __m512 factor = _mm512_set1_ps(range > 0 ? 255.0f / range : 0.0f), start = _mm512_set1_ps(a);
+    __m512 squares = _mm512_setzero_ps();
     for (int64_t k = 0; k < n; k += 16) {
-        __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + k), start), factor);
+        __m512 x = _mm512_loadu_ps(row + k);
+        squares = _mm512_fmadd_ps(x, x, squares);
+        x = _mm512_mul_ps(_mm512_sub_ps(x, start), factor);
         __m512i q = _mm512_max_epi32(_mm512_cvtps_epi32(x), _mm512_setzero_si512());
         int32_t fours[4];
         _mm_storeu_si128((__m128i *)fours, _mm512_cvtusepi32_epi8(q));
         for (int i = 0; i < 4 && k + 4 * i < n; i++) memcpy(out + (k + 4 * i) * ROWS, fours + i, 4);
     }
+    return *step * *step / 12 * (float)n > most * most * _mm512_reduce_add_ps(squares);
 }
 
-static inline void input_row(const uint16_t *x, int64_t in, int64_t inputs, uint8_t *out, int i, Scratch *s) {
+static inline int input_row(const FeedForward *job, int64_t token, uint8_t *out, int i, Scratch *s) {
+    int64_t in = job->in;
+    const uint16_t *x = job->x + token * in;
     __m512 lowest = _mm512_set1_ps(INFINITY), highest = _mm512_set1_ps(-INFINITY);
     for (int64_t k = 0; k < in; k += 16) {
         __mmask16 there = in - k >= 16 ? 0xffff : (__mmask16)((1 << (in - k)) - 1);
@@ -126,7 +135,7 @@ static inline void input_row(const uint16_t *x, int64_t in, int64_t inputs, uint
         lowest = _mm512_mask_min_ps(lowest, there, lowest, y);
         highest = _mm512_mask_max_ps(highest, there, highest, y);
     }
-    quantise(s->row, inputs, lowest, highest, out, s->low + i, s->step + i);
+    return quantise(s->row, job->first.inputs, lowest, highest, out, s->low + i, s->step + i, job->most);
 }
 
 // One panel of the first layer for one group of tokens, into s->values.
@@ -181,20 +190,26 @@ static void feed_block(const FeedForward *job, int64_t from, int64_t to, Scratch
     int64_t taken = job->tokens - job->skipped, inputs = job->first.inputs, hidden = job->second.inputs;
     int tiles = (int)((to - from + ROWS - 1) / ROWS);
     float *rows[BLOCK];
+    uint8_t *coarse[BLOCK];
     for (int i = 0; i < tiles * ROWS; i++) {
         int64_t j = from + i < to ? from + i : to - 1;  // past the end the last one again; its result goes nowhere
         int64_t token = j / taken * job->tokens + job->skipped + j % taken;
         rows[i] = from + i < to ? job->stream + token * job->out : NULL;
         uint8_t *place = s->input + i / ROWS * ROWS * inputs + i % ROWS * 4;
-        input_row(job->x + token * job->in, job->in, inputs, place, i, s);
+        coarse[i] = job->coarse + token;
+        if (input_row(job, token, place, i, s)) *coarse[i] = 1;
         s->lowest[i] = _mm512_set1_ps(INFINITY);
         s->highest[i] = _mm512_set1_ps(-INFINITY);
     }
     for (int64_t panel = 0; panel < job->first.outputs / PANEL; panel++)
         for (int tile = 0; tile < tiles; tile++) hidden_tile(job, panel, tile, s);
-    for (int i = 0; i < tiles * ROWS; i++)
-        quantise(s->values + i * hidden, hidden, s->lowest[i], s->highest[i],
-                 s->hidden + i / ROWS * ROWS * hidden + i % ROWS * 4, s->low + i, s->step + i);
+    for (int i = 0; i < tiles * ROWS; i++) {
+        uint8_t *place = s->hidden + i / ROWS * ROWS * hidden + i % ROWS * 4;
+        if (quantise(s->values + i * hidden, hidden, s->lowest[i], s->highest[i], place, s->low + i, s->step + i,
+                     job->most))
+            *coarse[i] = 1;
+        if (*coarse[i]) rows[i] = NULL;
+    }
     for (int64_t panel = 0; panel < job->second.outputs / PANEL; panel++)
         for (int tile = 0; tile < tiles; tile++) output_tile(job, panel, tile, rows, s);
 }

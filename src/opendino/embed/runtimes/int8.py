@@ -4,6 +4,8 @@
 Each patch token has an 8-bit scale of its own, found from the token itself: no calibration is needed, and an image's
 vector does not depend on others. The cls and register tokens, one in 257 at 224 px, keep bf16 feed-forward layers:
 their own rounding is what a cls vector would suffer from most, while that of the patches averages out in attention.
+So do patch tokens with a few values so large that 8 bits leave little of the others, as large models have (Darcet et
+al. 2024).
 Attention's layers stay in bf16 because rounded keys disturb a cls vector more than all feed-forward layers together.
 docs/export.md has the figures.
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from opendino.embed.runtimes.rounding import round_for
 from opendino.errors import ConfigError
 from opendino.models.layers import Block, SwiGLU
 from opendino.models.vit import VisionTransformer
+from opendino.native.attention import attention_supported
 from opendino.native.build import kernels
 from opendino.native.int8 import PackedLinear, add_feed_forward, int8_supported, quantise_weight
 
@@ -130,7 +133,7 @@ class Int8ViT(PreparedViT):
         try:
             with torch.no_grad():
                 self.seen = None if calibration is None else model.prepare_tokens(calibration.float())
-            super().__init__(model, "bf16" if packs(torch.bfloat16) else "fp32", threads)
+            super().__init__(model, _precision(), threads)
         finally:
             model.train(was_training)
             self.seen = None
@@ -186,12 +189,18 @@ class Int8Block(PreparedBlock):
         assert library is not None
         x = self.attention(stream, branch, tokens).unflatten(0, (-1, tokens))
         images = stream.unflatten(0, (-1, tokens))
-        kept = self.feed_forward(x[:, : self.leading].flatten(0, 1)).unflatten(0, (-1, self.leading))
-        add_feed_forward(
+        others = add_feed_forward(
             library, x.bfloat16(), images, self.first, self.second, gated=self.gated, skipped=self.leading,
             threads=torch.get_num_threads(),
         )  # fmt: skip
-        images[:, : self.leading] += kept
+        others[:, : self.leading] = True
+        images[others] += self.feed_forward(x[others])
+
+
+def _precision() -> Literal["fp32", "bf16"]:
+    """Of all that is not int8: bf16 where the processor has its products; some with VNNI have not."""
+    library = kernels().library
+    return "bf16" if library and packs(torch.bfloat16) and attention_supported(library) else "fp32"
 
 
 def _linears(block: Block) -> tuple[nn.Linear, nn.Linear]:
