@@ -7,7 +7,7 @@ their own rounding is what a cls vector would suffer from most, while that of th
 So do patch tokens with a few values so large that 8 bits leave little of the others, as large models have (Darcet et
 al. 2024).
 Attention's layers stay in bf16 because rounded keys disturb a cls vector more than all feed-forward layers together.
-docs/export.md has the figures.
+docs/export.md says more, benchmarks/RESULTS.md has the figures.
 
 Calibration on a user's images rounds each weight so that the rounding of those before it is made up for.
 
