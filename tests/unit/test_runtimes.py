@@ -134,6 +134,6 @@ def test_a_manifest_tells_runtimes_apart_and_leaves_that_of_pytorch_as_it_was(ru
 
 
 def test_precisions_and_runtimes_that_are_none_are_refused(runtime):
-    for bad in ({"runtime": "tensorrt"}, {"runtime": runtime, "precision": "int8"}, {"precision": "int8"}):
+    for bad in ({"runtime": "tensorrt"}, {"runtime": runtime, "precision": "int8"}, {"precision": "int4"}):
         with pytest.raises(ConfigError):
             Embedder(tiny(), **bad)

@@ -105,6 +105,7 @@ class Embedder:
         what: which vectors to give, default all; registers are always given.
         workers: threads that read and preprocess ahead of the forward pass; 0 reads in the calling thread.
         weights: passed to `opendino.load` when `model` is not a VisionTransformer.
+        calibration: images like yours, a few dozen, that int8 rounds the model's weights for (docs/export.md).
 
     Attributes:
         runtime: what computes the vectors (`opendino.embed.runtimes.base.Runtime`).
@@ -132,6 +133,7 @@ class Embedder:
         what: Sequence[str] | None = None,
         workers: int | None = None,
         weights: str | Path | None = None,
+        calibration: Sequence[ImageInput] | None = None,
     ) -> None:
         self.runtime, self.choice = _as_runtime(model, runtime, precision, device, weights, size, batch_size)
         self.device, self.precision, self.config = self.runtime.device, self.runtime.precision, self.runtime.config
@@ -147,6 +149,22 @@ class Embedder:
         height, width, patch = self.preprocess.height, self.preprocess.width, self.config.patch_size
         self.input_shape = (self.config.in_chans, height, width)
         self.grid = (height // patch, width // patch)
+        if calibration is not None:
+            self._calibrate(calibration)
+
+    def _calibrate(self, images: Sequence[ImageInput]) -> None:
+        calibrate = getattr(self.runtime, "calibrate", None)
+        if calibrate is None:
+            raise ConfigError(
+                f"calibration is given, but precision is {self.precision!r} in the runtime {self.runtime.name}, which "
+                "needs none. Give it with precision='int8' and the runtime torch."
+            )
+        pixels = [read.pixels for read in map(self._read, images) if read.pixels is not None]
+        if not pixels:
+            raise DataError(f"None of the {len(images)} calibration images could be read. Give some that can.")
+        if len(pixels) < len(images):
+            log.warning("%d of %d calibration images could not be read.", len(images) - len(pixels), len(images))
+        calibrate(torch.stack(pixels))
 
     @property
     def model(self) -> VisionTransformer:
@@ -276,7 +294,8 @@ def _as_runtime(
     if runtime == "torch" and stays_stored(model, weights, _as_device(device), precision):
         assert isinstance(model, str | Path)
         return TorchRuntime(StoredModel(model, weights), precision), None
-    on_cpu = runtime in ("onnx", "openvino") and device is None and not isinstance(model, VisionTransformer)
+    whole = isinstance(model, VisionTransformer)
+    on_cpu = (runtime in ("onnx", "openvino") or precision == "int8") and device is None and not whole
     backbone = _as_model(model, "cpu" if on_cpu else device, weights)
     if runtime == "auto":
         return choose_runtime(backbone, precision, size=size, batch_size=batch_size)

@@ -24,7 +24,7 @@ from threading import Lock
 
 log = logging.getLogger("opendino")
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "colours.c", "crops.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "colours.c", "crops.c", "int8.c"))
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wno-psabi")
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")

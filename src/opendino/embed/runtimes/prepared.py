@@ -68,7 +68,8 @@ class PreparedViT:
             self.registers = None if registers is None else registers.detach().to(torch.float32, copy=True)
             projection = model.patch_embed.proj
             rows = projection.weight.detach().permute(0, 2, 3, 1).flatten(1)  # (D, p·p·C): pixels with channels inside
-            self.patches = Product(rows, projection.bias, self.dtype)
+            # In bf16, pixels are two numbers, see _embed.
+            self.patches = Product(rows.repeat(1, self._parts()), projection.bias, self.dtype)
             self.blocks = [self._taken(model, i, consume) for i in range(len(model.blocks))]
             self.norm = Norm(model.norm)
         self.tables: dict[tuple[int, int], Tensor] = {}
@@ -78,13 +79,19 @@ class PreparedViT:
         block = model.blocks[number]
         assert isinstance(block, Block)
         if not consume:
-            return PreparedBlock(block, self.dtype, self.library)
+            return self._prepared_block(block)
         model.blocks[number] = nn.Identity()
         mapped = model.load_report is not None and model.load_report.mapped
-        ready = PreparedBlock(block, self.dtype, self.library, give_up if mapped else None)
+        ready = self._prepared_block(block, give_up if mapped else None)
         del block
         close_gaps()
         return ready
+
+    def _prepared_block(self, block: Block, finished: Callable[[Tensor], None] | None = None) -> PreparedBlock:
+        return PreparedBlock(block, self.dtype, self.library, finished)
+
+    def _parts(self) -> int:
+        return 1 if self.dtype is torch.float32 else 2
 
     def tokens(self, images: Tensor, layers: int = 1) -> Tensor:
         """Give the normalised tokens of the last blocks.
@@ -110,9 +117,12 @@ class PreparedViT:
         """Images of a piece: few enough for the cache, and as many pieces for every thread."""
         p = self.config.patch_size
         tokens = 1 + self.config.num_register_tokens + (images.shape[-2] // p) * (images.shape[-1] // p)
-        fits = max(1, PIECE_VALUES // (tokens * self.config.embed_dim))
+        fits = max(1, self._piece_values() // (tokens * self.config.embed_dim))
         rounds = -(-len(images) // (fits * self.threads))
         return max(1, -(-len(images) // (rounds * self.threads)))
+
+    def _piece_values(self) -> int:
+        return PIECE_VALUES
 
     @torch.inference_mode()
     def _piece(self, images: Tensor, layers: int) -> Tensor:
@@ -123,19 +133,27 @@ class PreparedViT:
         for i, block in enumerate(self.blocks):
             branch = block(stream, branch, tokens)
             if i >= len(self.blocks) - layers:
-                stream = stream.add_(branch)
+                stream = stream if branch is None else stream.add_(branch)
                 branch = None
                 outputs.append(self.norm.full(stream))
         result: Tensor = torch.cat(outputs, -1).unflatten(0, (batch, tokens))
         return result
 
     def _embed(self, images: Tensor) -> Tensor:
-        """Pixels to tokens with positions and registers, (T, D) fp32."""
+        """Pixels to tokens with positions and registers, (T, D) fp32.
+
+        A pixel rounded to bf16 would be nearly all of the error (benchmarks/RESULTS.md), so the rest of it is a second
+        input with the same weight: a hundredth of the products of a ViT-S.
+        """
         p, config = self.config.patch_size, self.config
         h, w = images.shape[-2] // p, images.shape[-1] // p
-        x = images[..., : h * p, : w * p].to(self.dtype)
+        x = images[..., : h * p, : w * p]
         x = x.unflatten(2, (h, p)).unflatten(4, (w, p)).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, C)
-        patches = self.patches(x.reshape(len(images) * h * w, -1))
+        x = x.reshape(len(images) * h * w, -1)
+        if self._parts() == 2:
+            rounded = x.to(self.dtype)
+            x = torch.cat([rounded, (x - rounded).to(self.dtype)], 1)
+        patches = self.patches(x)
         first = 1 + config.num_register_tokens
         stream = torch.empty(len(images), first + h * w, config.embed_dim)
         table = self._table(h, w)
@@ -183,7 +201,7 @@ class PreparedBlock:
         own = library is not None and head_dim == attention.HEAD_DIM and attention.attention_supported(library)
         self.attend: Callable[[Tensor], Tensor] = self._by_kernel if own else self._by_torch
 
-    def __call__(self, stream: Tensor, branch: Tensor | None, tokens: int) -> Tensor:
+    def __call__(self, stream: Tensor, branch: Tensor | None, tokens: int) -> Tensor | None:
         """Add `branch` to the residual stream, in place, then the attention; give the feed-forward's branch.
 
         Args:
@@ -191,9 +209,16 @@ class PreparedBlock:
             branch: (T, D) of the block before, or None.
             tokens: N of an image.
         """
+        return self.feed_forward(self.attention(stream, branch, tokens))
+
+    def attention(self, stream: Tensor, branch: Tensor | None, tokens: int) -> Tensor:
+        """Do the first half, and give what the feed-forward reads."""
         x = self.norm1(stream, branch, self.dtype)
         mixed = self.attend(self.qkv(x).unflatten(0, (-1, tokens)))
-        x = self.norm2(stream, self.proj(mixed.flatten(0, 1)), self.dtype)
+        return self.norm2(stream, self.proj(mixed.flatten(0, 1)), self.dtype)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """(T, D) → (T, D)."""
         if not self.gated:
             return self.fc2(self.fc1(x, gelu=True))
         gate, value = self.fc1(x).chunk(2, -1)

@@ -141,8 +141,8 @@ def resolve_precision(precision: str, device: torch.device, model_dtype: torch.d
         raise ConfigError(f"precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}.")
     if precision == "int8":
         raise ConfigError(
-            "precision is 'int8', which PyTorch does not compute in. Export the model with --precision int8 and "
-            "--images of yours (opendino export onnx), and give the file instead of the model."
+            "precision is 'int8', which is for vectors on a CPU only: Embedder(model, precision='int8'), opendino "
+            "embed --precision int8, or an exported file (opendino export onnx --precision int8). Use bf16 here."
         )
     own: _Computed = next((n for n, d in _DTYPES.items() if d == model_dtype), "fp32")
     if own != "fp32":

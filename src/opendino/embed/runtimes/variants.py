@@ -31,6 +31,10 @@ def make_runtime(model: VisionTransformer, name: str, precision: str = "auto") -
         ConfigError: for a name or precision that is not there.
         MissingExtraError: when its package is not installed.
     """
+    if name == "torch" and precision == "int8":
+        from opendino.embed.runtimes.int8 import Int8Runtime
+
+        return Int8Runtime(model)
     if name == "torch":
         return TorchRuntime(model, precision)
     if name == "torch-prepared":
