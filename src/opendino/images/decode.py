@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,8 @@ DAMAGED = (
 
 ORIENTATION = 0x0112
 """The Exif tag of how a picture is to be turned: 1 is upright, 2–8 are turned or mirrored."""
+GREY, RGB = 1, 3
+"""What torchvision's decoder calls them."""
 
 
 def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
@@ -72,14 +78,33 @@ def _decode_jpeg(data: bytes, picture: Image.Image, channels: int) -> Tensor | N
         return None
     if picture.getexif().get(ORIENTATION, 1) in range(2, 9):
         return None
-    from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
-
-    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    decode = jpeg_decoder()
+    if decode is None:
+        return None
     try:
-        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+        return decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB if channels == 3 else GREY)
     except RuntimeError:
         return None
-    return pixels
+
+
+@cache
+def jpeg_decoder() -> Callable[[Tensor, int], Tensor] | None:
+    """Give torchvision's decoder of JPEG files, or None where it has none.
+
+    Only the library that holds it is loaded: importing torchvision brings torch's compiler with it, which takes 150 MiB
+    and more than a second.
+    """
+    found = importlib.util.find_spec("torchvision")
+    folders = (found.submodule_search_locations if found else None) or []
+    for path in (path for folder in folders for path in sorted(Path(folder).glob("image*"))):
+        if path.suffix in (".so", ".pyd", ".dylib"):
+            with suppress(OSError, RuntimeError):
+                torch.ops.load_library(path)
+    try:
+        decoder: Callable[[Tensor, int], Tensor] = torch.ops.image.decode_jpeg
+    except AttributeError:
+        return None
+    return decoder
 
 
 def flatten(image: Image.Image, mode: str) -> Image.Image:

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 from opendino.errors import ConfigError, DataError
 from opendino.images.decode import as_tensor, flatten
+from opendino.images.resizing import centre, resize
 from opendino.models.config import PreprocessSpec
 
 Fit = Literal["crop", "resize", "pad"]
@@ -59,7 +58,6 @@ class Preprocess:
             raise ConfigError(f"fit is {fit!r}; it must be crop, resize or pad.")
         if min(self.height, self.width) < patch_size:
             raise ConfigError(f"The size {self.height}x{self.width} is below one patch of {patch_size} pixels.")
-        self.mode = InterpolationMode.BICUBIC if spec.interpolation == "bicubic" else InterpolationMode.BILINEAR
 
     def __call__(self, image: Any) -> Tensor:
         """Give float32 (C, height, width) from a uint8 tensor (C, H, W), PIL image or uint8 array (H, W, C)."""
@@ -82,8 +80,7 @@ class Preprocess:
         return f"Preprocess({self.height}x{self.width}, fit={self.fit!r}, {self.spec!r})"
 
     def _scaled(self, pixels: Tensor, height: int, width: int) -> Tensor:
-        out: Tensor = tv.resize(pixels, [max(height, 1), max(width, 1)], interpolation=self.mode, antialias=True)
-        return out
+        return resize(pixels, max(height, 1), max(width, 1), self.spec.interpolation)
 
     def _crop(self, pixels: Tensor) -> Tensor:
         h, w = pixels.shape[-2:]
@@ -91,8 +88,7 @@ class Preprocess:
         # The scale at which both sides hold the crop with the spec's margin around it.
         scale = max(round(self.height * margin) / h, round(self.width * margin) / w)
         resized = self._scaled(pixels, max(int(h * scale), self.height), max(int(w * scale), self.width))
-        out: Tensor = tv.center_crop(resized, [self.height, self.width])
-        return out
+        return centre(resized, self.height, self.width)
 
     def _resize(self, pixels: Tensor) -> Tensor:
         return self._scaled(pixels, self.height, self.width)
