@@ -27,11 +27,13 @@ DAMAGED = (
 
 ORIENTATION = 0x0112
 """The Exif tag of how a picture is to be turned: 1 is upright, 2–8 are turned or mirrored."""
+Enough = Callable[[int, int], tuple[int, int]]
+"""From the height and width of a picture to the least height and width that will do."""
 GREY, RGB = 1, 3
 """What torchvision's decoder calls them."""
 
 
-def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
+def decode_image(source: str | Path | bytes, *, channels: int = 3, enough: Enough | None = None) -> Tensor:
     """Read an image as uint8 (channels, H, W).
 
     EXIF orientation is applied, transparency is laid on white, CMYK, palettes and the like become RGB; of an animation
@@ -41,6 +43,9 @@ def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
     Args:
         source: a path, or the bytes of a file.
         channels: 3 for RGB, 1 for grey.
+        enough: from (height, width) of a picture to sides that suffice; a JPEG file is then decoded at an eighth, a
+            quarter or half of its sides where neither is smaller than that. Far cheaper for large photographs, and
+            grey levels away from resizing all of it (docs/extraction.md).
 
     Raises:
         DataError: for a missing, truncated or corrupt file, with its path and the reason, and for another number of
@@ -55,7 +60,8 @@ def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(data)) as picture:
-            pixels = _decode_jpeg(data, picture, channels)
+            shrunk = enough is not None and _shrink(picture, enough)
+            pixels = None if shrunk else _decode_jpeg(data, picture, channels)
             if pixels is not None:
                 return pixels
             picture.load()
@@ -65,6 +71,19 @@ def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
     except DAMAGED as error:
         raise DataError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
     return as_tensor(image)
+
+
+def _shrink(picture: Image.Image, enough: Enough) -> bool:
+    """Have a JPEG picture decoded at a fraction of its sides, if one suffices."""
+    if picture.format != "JPEG":
+        return False
+    width, height = picture.size
+    if picture.getexif().get(ORIENTATION, 1) in range(5, 9):  # lies on its side
+        least = enough(width, height)
+    else:
+        least = enough(height, width)[::-1]
+    picture.draft(None, least)  # type: ignore[no-untyped-call, unused-ignore]
+    return bool(picture.size != (width, height))
 
 
 def _decode_jpeg(data: bytes, picture: Image.Image, channels: int) -> Tensor | None:

@@ -18,7 +18,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from threading import Lock
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from opendino.models.vit import VisionTransformer
 from opendino.native import attention
 from opendino.native.build import kernels
 
+T = TypeVar("T")
 CPUPrecision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIECE_VALUES = 2**19
@@ -40,7 +42,7 @@ cache, and no allocation is so large that the C library gets and returns it page
 class PreparedViT:
     """A frozen copy of a backbone's weights, ready for fast forward passes on a CPU.
 
-    Later changes of the model's weights are not seen.
+    Later changes of the model's weights are not seen. Several threads may call it at once.
 
     Args:
         model: the backbone, on the CPU; it is left as it is.
@@ -59,40 +61,48 @@ class PreparedViT:
             self.cls = model.cls_token.detach().to(torch.float32, copy=True)
             registers = model.register_tokens
             self.registers = None if registers is None else registers.detach().to(torch.float32, copy=True)
-            projection = model.patch_embed.proj
-            rows = projection.weight.detach().permute(0, 2, 3, 1).flatten(1)  # (D, p·p·C): pixels with channels inside
-            self.patches = Product(rows, projection.bias, self.dtype)
+            self.patches = PatchProduct(model, self.dtype)
             self.blocks = [PreparedBlock(block, self.dtype, self.library) for block in model.blocks]  # type: ignore[arg-type]
             self.norm = Norm(model.norm)
         self.tables: dict[tuple[int, int], Tensor] = {}
         self.pool: ThreadPoolExecutor | None = None
+        self.lock = Lock()
 
     def tokens(self, images: Tensor, layers: int = 1) -> Tensor:
         """Give the normalised tokens of the last blocks.
 
         Args:
-            images: (B, C, H, W) float on the CPU, normalised; H and W at least one patch.
+            images: (B, C, H, W) on the CPU, float and normalised, or uint8 pixels; H and W at least one patch.
             layers: L, the number of blocks.
 
         Returns:
             fp32 (B, N, L·D), blocks in their order.
         """
+        return torch.cat(self.by_pieces(images, layers, lambda tokens: tokens))
+
+    def by_pieces(self, images: Tensor, layers: int, pick: Callable[[Tensor], T]) -> list[T]:
+        """Give what `pick` takes of the tokens (b, N, L·D) of each piece of a batch, in order.
+
+        Nothing but that is kept of a piece: the tokens of a batch are more than all else that a forward pass holds.
+        """
         pieces = images.split(self.piece_size(images))
         if len(pieces) == 1:
-            return self._piece(images, layers)
-        if self.pool is None:
-            # One thread of oneDNN in each: the setting belongs to the thread that makes it.
-            self.pool = ThreadPoolExecutor(
-                self.threads, "opendino-forward", initializer=torch.set_num_threads, initargs=(1,)
-            )
-        return torch.cat(list(self.pool.map(lambda piece: self._piece(piece, layers), pieces)))
+            return [pick(self._piece(images, layers))]
+        with self.lock:
+            if self.pool is None:
+                # One thread of oneDNN in each: the setting belongs to the thread that makes it.
+                self.pool = ThreadPoolExecutor(
+                    self.threads, "opendino-forward", initializer=torch.set_num_threads, initargs=(1,)
+                )
+        return list(self.pool.map(lambda piece: pick(self._piece(piece, layers)), pieces))
 
     def piece_size(self, images: Tensor) -> int:
-        """Images of a piece: few enough for the cache, and pieces for every thread."""
+        """Images of a piece: few enough for the cache, and as many pieces for every thread."""
         p = self.config.patch_size
         tokens = 1 + self.config.num_register_tokens + (images.shape[-2] // p) * (images.shape[-1] // p)
         fits = max(1, PIECE_VALUES // (tokens * self.config.embed_dim))
-        return max(1, min(fits, -(-len(images) // self.threads)))
+        rounds = -(-len(images) // (fits * self.threads))
+        return max(1, -(-len(images) // (rounds * self.threads)))
 
     @torch.inference_mode()
     def _piece(self, images: Tensor, layers: int) -> Tensor:
@@ -113,9 +123,8 @@ class PreparedViT:
         """Pixels to tokens with positions and registers, (T, D) fp32."""
         p, config = self.config.patch_size, self.config
         h, w = images.shape[-2] // p, images.shape[-1] // p
-        x = images[..., : h * p, : w * p].to(self.dtype)
-        x = x.unflatten(2, (h, p)).unflatten(4, (w, p)).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, C)
-        patches = self.patches(x.reshape(len(images) * h * w, -1))
+        x = images[..., : h * p, : w * p].unflatten(2, (h, p)).unflatten(4, (w, p)).permute(0, 2, 4, 3, 5, 1)
+        patches = self.patches(x.reshape(len(images) * h * w, -1))  # from (B, h, w, p, p, C)
         first = 1 + config.num_register_tokens
         stream = torch.empty(len(images), first + h * w, config.embed_dim)
         table = self._table(h, w)
@@ -129,6 +138,40 @@ class PreparedViT:
         if (h, w) not in self.tables:
             self.tables[h, w] = resize_pos_embed(self.pos_embed, h, w, self.config.pos_resize)
         return self.tables[h, w]
+
+
+class PatchProduct:
+    """Patches to tokens, from normalised floats or from pixels with the normalisation inside weights and bias.
+
+    A pixel u becomes u - m, where m is the integer next to 255·mean: in bf16 that is exact, which normalised values are
+    not. With x = (u/255 - mean)/std, W·x + b = (W/(255·std))·(u - m) + b + W·(m/255 - mean)/std.
+
+    Args:
+        model: the backbone with its preprocessing.
+        dtype: of the products.
+    """
+
+    def __init__(self, model: VisionTransformer, dtype: torch.dtype) -> None:
+        projection, spec, self.dtype = model.patch_embed.proj, model.preprocess, dtype
+        weight = projection.weight.detach().double().permute(0, 2, 3, 1)  # (D, p, p, C): channels inside
+        self.of_floats = Product(weight.flatten(1), projection.bias, dtype)
+        self.of_pixels: Product | None = None
+        if spec.num_channels != weight.shape[-1]:
+            return
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (spec.mean, spec.std))
+        middle = (255 * mean).round()
+        bias = 0 if projection.bias is None else projection.bias.detach().double()
+        bias = bias + (weight * ((middle / 255 - mean) / std)).sum((1, 2, 3))
+        self.of_pixels = Product((weight / (255 * std)).flatten(1), bias, dtype)
+        self.middle = middle.repeat(weight.shape[1] * weight.shape[2]).to(dtype)
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """(T, p·p·C) uint8 or normalised float, a pixel's channels together → (T, D)."""
+        x = patches.to(self.dtype)
+        if patches.dtype is not torch.uint8:
+            return self.of_floats(x)
+        assert self.of_pixels is not None
+        return self.of_pixels(x.sub_(self.middle))
 
 
 class PreparedBlock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from opendino.embed.runtimes.base import Precision, split_tokens
 from opendino.embed.runtimes.prepared import PreparedViT, packs
 from opendino.errors import ConfigError
+from opendino.images.preprocess import normalise
 from opendino.models.fingerprint import weights_fingerprint
 from opendino.models.vit import VisionTransformer
 
@@ -29,7 +31,7 @@ class TorchRuntime:
     """
 
     name: str = "torch"
-    takes_pixels = False
+    takes_floats = True
     gives: tuple[str, ...] = ("cls", "mean", "patches", "registers")
     size: tuple[int, int] | None = None
 
@@ -37,18 +39,39 @@ class TorchRuntime:
         self.model, self.config, self.spec = model, model.config, model.preprocess
         self.device = model.cls_token.device
         self.precision: str = resolve_precision(precision, self.device, model.cls_token.dtype)
+        # A plain model on a CPU gets floats: the threads that read normalise better than the one that computes.
+        self.takes_pixels: bool = self._is_prepared() or self.device.type != "cpu"
+        self.takes_turns: bool = self._is_prepared()
+        self._lock = Lock()
         self._prepared: PreparedViT | None = None
         self._prepared_from: list[tuple[int, int]] = []
 
     def vectors(self, images: Tensor, layers: int, what: Sequence[str]) -> dict[str, Tensor]:
-        """Give the vectors of normalised images (B, C, H, W); see `Runtime`."""
-        return split_tokens(self.tokens(images, layers), self.config.num_register_tokens, what)
+        """Give the vectors of images (B, C, H, W), normalised or uint8; see `Runtime`."""
+        registers = self.config.num_register_tokens
+        if not self._is_prepared():
+            return split_tokens(self.tokens(images, layers), registers, what)
+        with self._lock:
+            prepared = self._prepare()
+        images = images if images.dtype is torch.uint8 else images.float()
+
+        @torch.inference_mode()
+        def pick(tokens: Tensor) -> dict[str, Tensor]:
+            # A copy, so that a cls token does not keep all tokens in memory.
+            return {name: found.clone() for name, found in split_tokens(tokens, registers, what).items()}
+
+        parts = prepared.by_pieces(images, layers, pick)
+        return {name: torch.cat([part[name] for part in parts]) for name in what}
 
     @torch.inference_mode()
     def tokens(self, images: Tensor, layers: int) -> Tensor:
         """Give the normalised tokens of the last `layers` blocks, (B, 1 + R + P, L·D) fp32."""
         if self._is_prepared():
-            return self._prepare().tokens(images.float(), layers)
+            with self._lock:
+                prepared = self._prepare()
+            return prepared.tokens(images if images.dtype is torch.uint8 else images.float(), layers)
+        if images.dtype is torch.uint8:
+            images = normalise(images.to(self.device), self.spec)
         model, outputs, was_training = self.model, [], self.model.training
         model.eval()
         try:
