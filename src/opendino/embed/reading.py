@@ -7,6 +7,7 @@ Shapes: C channels, H × W pixels, B images of one shape.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from opendino.images.preprocess import Preprocess, crop_box, normalise, to_tenso
 from opendino.images.sources import SourceImage
 
 Decode = Literal["exact", "scaled"]
+MARGIN = 1.4
+"""A picture that is decoded at a fraction keeps at least so many times the sides it is resized to: nearer to them, the
+coarse filter of the decoding would be most of what is seen."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Reader:
             raise ConfigError(f"decode is {decode!r}; it must be one of {', '.join(get_args(Decode))}.")
         self.runtime, self.preprocess = runtime, preprocess
         self.channels = runtime.config.in_chans
-        self.enough = preprocess.resized if decode == "scaled" else None
+        self.decode = decode
 
     def __call__(self, item: Any) -> Read:
         """Read a path, an image of a source, or an image in memory.
@@ -75,8 +79,9 @@ class Reader:
         try:
             data = item.data() if isinstance(item, SourceImage) else Path(path).read_bytes()
             sha256 = hashlib.sha256(data).hexdigest()
-            enough = self.enough if box is None else None
-            pixels = read_image(data, channels=self.channels, name=path, enough=enough)
+            if self.decode == "scaled" and box is None:
+                return Read(path, self._scaled(data, path), sha256)
+            pixels = read_image(data, channels=self.channels, name=path)
             if box is not None:
                 pixels = crop_box(pixels, box, path)
             return Read(path, self._fitted(pixels), sha256)
@@ -110,10 +115,22 @@ class Reader:
         spec = self.preprocess.spec
         return torch.stack([normalise(image, spec) if image.dtype is torch.uint8 else image for image in images])
 
-    def _fitted(self, pixels: Tensor) -> Tensor:
+    def _scaled(self, data: bytes, name: str) -> Tensor:
+        """Read a file, decoding no more of a JPEG than is needed."""
+        sides: list[tuple[int, int]] = []
+
+        def enough(height: int, width: int) -> tuple[int, int]:
+            sides.append((height, width))
+            rows, columns = self.preprocess.resized(height, width)
+            return math.ceil(MARGIN * rows), math.ceil(MARGIN * columns)
+
+        pixels = read_image(data, channels=self.channels, name=name, enough=enough)
+        return self._fitted(pixels, *sides)
+
+    def _fitted(self, pixels: Tensor, sides: tuple[int, int] | None = None) -> Tensor:
         if pixels.shape[0] != self.channels:
             raise DataError(
                 f"An image has {pixels.shape[0]} channels, and the model takes {self.channels}. Give an image with the "
                 "model's number of channels."
             )
-        return self.prepared(self.preprocess.fitted(pixels))
+        return self.prepared(self.preprocess.fitted(pixels, sides))

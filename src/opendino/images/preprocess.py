@@ -71,9 +71,14 @@ class Preprocess:
         """Give float32 (C, height, width) from what `read_image` gives: (C, H, W), uint8 or float32, 0–255."""
         return self.normalise(self.fitted(pixels))
 
-    def fitted(self, pixels: Tensor) -> Tensor:
-        """Give (C, height, width) in the dtype of what `read_image` gives, not yet normalised."""
-        height, width = self.resized(*pixels.shape[-2:])
+    def fitted(self, pixels: Tensor, sides: tuple[int, int] | None = None) -> Tensor:
+        """Give (C, height, width) in the dtype of what `read_image` gives, not yet normalised.
+
+        Args:
+            pixels: (C, H, W).
+            sides: height and width of the picture, where `pixels` are a smaller copy of it.
+        """
+        height, width = self.resized(*(sides or pixels.shape[-2:]))
         out = resize(pixels, height, width, self.spec.interpolation)
         if self.fit == "crop":
             return centre(out, self.height, self.width)
