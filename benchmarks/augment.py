@@ -60,7 +60,7 @@ def serve(spec: Spec, turns: Turns) -> None:
 def write_photographs(
     folder: Path, count: int, size: tuple[int, int] = JPEG_SIZE, file_bytes: int = JPEG_BYTES
 ) -> None:
-    """Write parts of the two photographs that scikit-learn ships as JPEG files of a size in pixels, and one in bytes."""
+    """Write parts of the two photographs that scikit-learn ships as JPEG files of a size in pixels and in bytes."""
     from sklearn.datasets import load_sample_images
 
     folder.mkdir(exist_ok=True)
