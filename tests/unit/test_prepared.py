@@ -157,3 +157,12 @@ def test_a_prepared_runtime_takes_pixels_and_a_plain_one_normalises_them():
     want = plain.tokens(normalise(pixels, model.preprocess), 1)
     assert torch.equal(plain.tokens(pixels, 1), want)
     assert one_minus_cosine(fast.tokens(pixels, 1), want).mean() < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch", "size"), [(2, 32, 4), (2, 8, 4), (2, 1, 1), (1, 32, 5), (3, 32, 4), (2, 11, 3)]
+)
+def test_every_thread_gets_as_many_pieces(monkeypatch, threads, batch, size):
+    monkeypatch.setattr(prepared, "PIECE_VALUES", 5 * 17 * 128)  # five images of 16 patches and a cls token
+    images = torch.zeros(batch, 3, 56, 56, dtype=torch.uint8)
+    assert PreparedViT(make_model(), "fp32", threads).piece_size(images) == size

@@ -101,7 +101,7 @@ class PreparedViT:
         p = self.config.patch_size
         tokens = 1 + self.config.num_register_tokens + (images.shape[-2] // p) * (images.shape[-1] // p)
         fits = max(1, PIECE_VALUES // (tokens * self.config.embed_dim))
-        rounds = -(-len(images) // (fits * self.threads))
+        rounds = max(1, -(-len(images) // (fits * self.threads)))
         return max(1, -(-len(images) // (rounds * self.threads)))
 
     @torch.inference_mode()
