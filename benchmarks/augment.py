@@ -57,8 +57,10 @@ def serve(spec: Spec, turns: Turns) -> None:
         turns.done(images=len(paths), seconds=time.perf_counter() - turns.started, **stages)
 
 
-def write_photographs(folder: Path, count: int) -> None:
-    """Write parts of the two photographs that scikit-learn ships as JPEG files of 500 × 375 pixels and about 51 KiB."""
+def write_photographs(
+    folder: Path, count: int, size: tuple[int, int] = JPEG_SIZE, file_bytes: int = JPEG_BYTES
+) -> None:
+    """Write parts of the two photographs that scikit-learn ships as JPEG files of a size in pixels and in bytes."""
     from sklearn.datasets import load_sample_images
 
     folder.mkdir(exist_ok=True)
@@ -67,11 +69,11 @@ def write_photographs(folder: Path, count: int) -> None:
     for i in range(count):
         whole = photographs[i % len(photographs)]
         width = int(whole.width * rng.uniform(0.8, 0.88))
-        height = width * JPEG_SIZE[1] // JPEG_SIZE[0]
+        height = width * size[1] // size[0]
         left, top = (int(rng.integers(0, n + 1)) for n in (whole.width - width, whole.height - height))
-        part = whole.crop((left, top, left + width, top + height)).resize(JPEG_SIZE, Image.Resampling.LANCZOS)
+        part = whole.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
         files = [as_jpeg(part, quality) for quality in range(70, 99)]
-        (folder / f"{i:04d}.jpg").write_bytes(min(files, key=lambda file: abs(len(file) - JPEG_BYTES)))
+        (folder / f"{i:04d}.jpg").write_bytes(min(files, key=lambda file: abs(len(file) - file_bytes)))
 
 
 def as_jpeg(picture: Image.Image, quality: int) -> bytes:

@@ -29,13 +29,13 @@ class Spec:
     """What one worker is to run.
 
     Attributes:
-        task: prepare, forward, inference, step, photographs or augment.
+        task: prepare, forward, inference, step, photographs, augment, folder-files or folder.
         peer: opendino, transformers, timm, lightly-train or torchvision; of the inference, a way of inference_peers.py.
         work: folder shared by the workers of a run: weights, reference features, images, run folders.
         dtype: fp32 or bf16.
         threads: of torch.
         batch: images per call or step, or per batch of the augmentation.
-        size: side of the images, or of the global crops, pixels.
+        size: side of the images, or of the global crops, pixels; of a folder the width of its files.
         seconds: length that a sample of the forward pass aims at.
         shape: width, depth and heads of the backbone.
         local_size, num_local, prototypes: of the training step.

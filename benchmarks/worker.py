@@ -87,6 +87,10 @@ def run(spec: Spec, source: IO[str], sink: IO[str]) -> None:
             import step
 
             step.serve(spec, turns)
+        elif spec.task in ("folder", "folder-files"):
+            import folder
+
+            folder.serve(spec, turns)
         elif spec.task in ("augment", "photographs"):
             import augment
 

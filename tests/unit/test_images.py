@@ -293,7 +293,7 @@ def test_padding_is_the_mean_and_keeps_the_whole_image():
 def test_sizes_below_a_patch_and_unknown_fits_are_refused():
     with pytest.raises(ConfigError, match="below one patch"):
         Preprocess(PreprocessSpec(), size=7)
-    with pytest.raises(ConfigError, match="crop, resize or pad"):
+    with pytest.raises(ConfigError, match="crop, resize, pad or aspect"):
         Preprocess(PreprocessSpec(), fit="stretch")
 
 

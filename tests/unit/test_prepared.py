@@ -8,7 +8,9 @@ import torch
 from opendino.embed.embedder import Embedder
 from opendino.embed.runtimes import prepared
 from opendino.embed.runtimes.prepared import PreparedViT, packs
-from opendino.models.config import ViTConfig
+from opendino.embed.runtimes.pytorch import TorchRuntime
+from opendino.images.preprocess import normalise
+from opendino.models.config import PreprocessSpec, ViTConfig
 from opendino.models.vit import VisionTransformer
 from opendino.native.build import Kernels
 
@@ -123,3 +125,44 @@ def test_an_embedder_in_bf16_is_prepared_and_sees_later_changes_of_the_weights()
     after = embedder([picture]).cls
     assert np.abs(after - before).max() > 0.3
     np.testing.assert_allclose(after, exact([picture]).cls, atol=0.15)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", ["mlp", "four channels"])
+def test_pixels_give_the_tokens_of_normalised_images(precision, shape):
+    model = make_model(**SHAPES[shape])
+    channels = model.config.in_chans
+    model.preprocess = PreprocessSpec(mean=(0.485, 0.02, 0.999, 0.4)[:channels], std=(0.2, 0.03, 0.5, 1)[:channels])
+    pixels = torch.randint(0, 256, (3, channels, 61, 75), dtype=torch.uint8)
+    want = plain_tokens(model, normalise(pixels, model.preprocess))
+    tokens = PreparedViT(model, precision).tokens(pixels)
+    if precision == "fp32":
+        torch.testing.assert_close(tokens, want, atol=2e-5, rtol=2e-5)
+    away = one_minus_cosine(tokens, want)
+    assert away.mean() < 5e-5
+    # Pixels are exact in bf16, normalised values are not: never further away.
+    assert (
+        away.mean()
+        < 1.1 * one_minus_cosine(PreparedViT(model, precision).tokens(normalise(pixels, model.preprocess)), want).mean()
+        + 1e-12
+    )
+
+
+def test_a_prepared_runtime_takes_pixels_and_a_plain_one_normalises_them():
+    model = make_model()
+    pixels = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    fast, plain = TorchRuntime(model, "bf16"), TorchRuntime(model, "fp32")
+    assert fast.takes_pixels == packs(torch.bfloat16)
+    assert not plain.takes_pixels
+    want = plain.tokens(normalise(pixels, model.preprocess), 1)
+    assert torch.equal(plain.tokens(pixels, 1), want)
+    assert one_minus_cosine(fast.tokens(pixels, 1), want).mean() < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch", "size"), [(2, 32, 4), (2, 8, 4), (2, 1, 1), (1, 32, 5), (3, 32, 4), (2, 11, 3)]
+)
+def test_every_thread_gets_as_many_pieces(monkeypatch, threads, batch, size):
+    monkeypatch.setattr(prepared, "PIECE_VALUES", 5 * 17 * 128)  # five images of 16 patches and a cls token
+    images = torch.zeros(batch, 3, 56, 56, dtype=torch.uint8)
+    assert PreparedViT(make_model(), "fp32", threads).piece_size(images) == size

@@ -84,6 +84,7 @@ def _recompute(args: Args, check: Any, source: Any) -> None:
     embedder = make_embedder(
         args.model or found["model"], args.weights or found.get("weights"), size=size, batch_size=args.batch,
         device=args.device, precision=found["precision"], fit=found["fit"], layers=found["layers"], what=found["what"],
+        decode=found.get("decode", "exact"),
     )  # fmt: skip
     if weights_fingerprint(embedder.model) != found["weights_sha256"]:
         check.verdict.trouble(

@@ -89,10 +89,10 @@ class AugmentedFeatures:
             kept.append(int(sample))
             crops.append(pixels)
             if len(crops) == self.embedder.batch_size:
-                tokens.append(self.embedder.pooled(torch.stack(crops)))
+                tokens.append(self.embedder.pooled(self.embedder.stacked(crops)))
                 crops = []
         if crops:
-            tokens.append(self.embedder.pooled(torch.stack(crops)))
+            tokens.append(self.embedder.pooled(self.embedder.stacked(crops)))
         if not tokens:
             empty = torch.zeros(0, dim, device=self.embedder.device)
             return empty.view(0, 1, dim).expand(0, self.embedder.layers, dim), empty, self.labels[:0]

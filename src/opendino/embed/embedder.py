@@ -6,11 +6,11 @@ Shapes: n images, R registers, P = h·w patches, L `layers`, D width; every vect
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from opendino.embed.reading import Decode, Read, Reader
 from opendino.embed.runtimes.base import Precision as Precision
 from opendino.embed.runtimes.base import Runtime
 from opendino.embed.runtimes.calibration import Choice, choose_runtime
@@ -27,19 +28,17 @@ from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.embed.runtimes.pytorch import resolve_precision as resolve_precision
 from opendino.embed.runtimes.stored import StoredModel, stays_stored
 from opendino.embed.runtimes.variants import make_runtime
-from opendino.errors import ConfigError, DataError, MissingExtraError
+from opendino.errors import ConfigError, DataError
 from opendino.export.session import is_exported
 from opendino.images.ahead import map_ahead
-from opendino.images.arrays import read_image
-from opendino.images.preprocess import Preprocess, crop_box, to_tensor
-from opendino.images.sources import ImageSource, SourceImage, open_source
+from opendino.images.preprocess import Fit, Preprocess
+from opendino.images.sources import ImageSource, open_source
 from opendino.models.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
 
 What = Literal["cls", "mean", "patches"]
 RuntimeName = Literal["auto", "torch", "torch-prepared", "torch-compiled", "onnx", "openvino"]
-Fit = Literal["crop", "resize", "pad"]
 Array = npt.NDArray[np.float32]
 ImageInput = Any
 """A path, a PIL image, or a uint8 array (H, W, C)."""
@@ -75,14 +74,6 @@ class Features:
         return len(self.paths)
 
 
-@dataclass(frozen=True)
-class _Read:
-    path: str
-    pixels: Tensor | None  # (C, H, W)
-    sha256: str | None = None
-    error: str | None = None
-
-
 class Embedder:
     """Turns images into vectors with a frozen backbone.
 
@@ -99,7 +90,10 @@ class Embedder:
         device: default: where a given model lies; for a model loaded here CUDA if there is one, else the CPU.
         size: image side in pixels, or (height, width); default: the crop that travels with the model, or the size of an
             exported file that takes one only.
-        fit: how an image is brought to that size (`opendino.images.preprocess`).
+        fit: how an image is brought to that size (`opendino.images.preprocess.Preprocess`). With "aspect" images differ
+            in shape; those of a batch that are alike are computed together, and patches cannot be asked for.
+        decode: "exact", or "scaled": JPEG files far larger than needed are decoded at a fraction of their sides, which
+            is faster and some grey levels away (docs/extraction.md).
         layers: each vector is that of the last `layers` blocks, concatenated in the order of the blocks, each after the
             final LayerNorm; the last D values are the last block's.
         what: which vectors to give, default all; registers are always given.
@@ -129,6 +123,7 @@ class Embedder:
         device: str | torch.device | None = None,
         size: int | tuple[int, int] | None = None,
         fit: Fit = "crop",
+        decode: Decode = "exact",
         layers: int = 1,
         what: Sequence[str] | None = None,
         workers: int | None = None,
@@ -145,7 +140,10 @@ class Embedder:
         self.workers = min(os.cpu_count() or 1, 8) if workers is None else workers
         size = _checked_size(size, self.runtime)
         self.preprocess = Preprocess(self.runtime.spec, size=size, fit=fit, patch_size=self.config.patch_size)
-        self.size, self.fit = size, fit
+        self.size, self.fit, self.decode = size, fit, decode
+        self.reader = Reader(self.runtime, self.preprocess, decode)
+        if fit == "aspect":
+            self.what = _checked_for_aspect(what, self.what, self.runtime)
         height, width, patch = self.preprocess.height, self.preprocess.width, self.config.patch_size
         self.input_shape = (self.config.in_chans, height, width)
         self.grid = (height // patch, width // patch)
@@ -215,44 +213,26 @@ class Embedder:
         if isinstance(source, str | Path):
             source = open_source(source)
         items: Iterable[ImageInput] = source.images() if isinstance(source, ImageSource) else source
-        reads = map_ahead(self._read, items, self.workers, 2 * self.batch_size)
-        while batch := list(islice(reads, self.batch_size)):
-            yield self._pack(batch)
-
-    def _read(self, item: ImageInput) -> _Read:
-        if not isinstance(item, str | Path | SourceImage):
-            pixels = to_tensor(item, self.config.in_chans)
-            return _Read("", self._checked(self.prepared(self.preprocess.fitted(pixels))))
-        path, sha256 = item.path if isinstance(item, SourceImage) else str(item), None
+        reads = map_ahead(self.reader, items, self.workers, self.batch_size)
+        batches = iter(lambda: list(islice(reads, self.batch_size)), [])
+        # Two batches at once: while threads finish the pieces of one, others begin the next, and the caller has time.
+        ahead = 2 if self.runtime.takes_turns else 0
+        setup = partial(torch.set_num_threads, torch.get_num_threads())  # a new thread has what was set last anywhere
         try:
-            data = item.data() if isinstance(item, SourceImage) else Path(path).read_bytes()
-            sha256 = hashlib.sha256(data).hexdigest()
-            pixels = read_image(data, channels=self.config.in_chans, name=path)
-            if isinstance(item, SourceImage) and item.box is not None:
-                pixels = crop_box(pixels, item.box, path)
-            return _Read(path, self._checked(self.prepared(self.preprocess.fitted(pixels))), sha256)
-        except MissingExtraError:
-            raise
-        except (DataError, OSError) as error:
-            return _Read(path, None, sha256, str(error) or type(error).__name__)
+            yield from map_ahead(self._pack, batches, ahead, 1, setup=setup)
+        finally:
+            reads.close()
 
     def prepared(self, fitted: Tensor) -> Tensor:
-        """Give what the runtime takes from pixels 0–255 (C, H, W) that have their size: floats, or uint8 again."""
-        if self.runtime.takes_pixels:
-            return fitted if fitted.dtype == torch.uint8 else fitted.clamp(0, 255).round().to(torch.uint8)
-        return self.preprocess.normalise(fitted)
+        """Give what the runtime takes from pixels 0–255 (C, H, W) that have their size; `stacked` makes batches."""
+        return self.reader.prepared(fitted)
 
-    def _checked(self, pixels: Tensor) -> Tensor:
-        if tuple(pixels.shape) != self.input_shape:
-            raise DataError(
-                f"An image became {tuple(pixels.shape)} after preprocessing; all must become {self.input_shape}. "
-                "Give an image with the model's number of channels."
-            )
-        return pixels
+    def stacked(self, images: Sequence[Tensor]) -> Tensor:
+        """Give images of one shape, each from `prepared`, as a batch (B, C, H, W)."""
+        return self.reader.stacked(images)
 
-    def _pack(self, batch: list[_Read]) -> Features:
+    def _pack(self, batch: list[Read]) -> Features:
         """Run the model on the readable images of a batch and put NaN where there is none."""
-        good = [i for i, r in enumerate(batch) if r.pixels is not None]
         names = (*self.what, *(["registers"] if "registers" in self.runtime.gives else []))
         width, regs = self.layers * self.config.embed_dim, self.config.num_register_tokens * ("registers" in names)
         parts = {"cls": (), "mean": (), "patches": (self.grid[0] * self.grid[1],), "registers": (regs,)}
@@ -261,10 +241,14 @@ class Embedder:
             for name, shape in parts.items()
             if name in names or name == "registers"
         }
-        if good:
-            images = torch.stack([r.pixels for r in batch if r.pixels is not None])
+        alike: dict[tuple[int, ...], list[int]] = {}  # one group but for "aspect"
+        for i, read in enumerate(batch):
+            if read.pixels is not None:
+                alike.setdefault(tuple(read.pixels.shape), []).append(i)
+        for rows in alike.values():
+            images = self.stacked([p for i in rows if (p := batch[i].pixels) is not None])
             for name, vectors in self._vectors(images, names).items():
-                arrays[name][good] = vectors.cpu().numpy()
+                arrays[name][rows] = vectors.cpu().numpy()
         return Features(
             arrays.get("cls"), arrays.get("mean"), arrays.get("patches"), arrays["registers"], self.grid,
             [r.path for r in batch], [r.sha256 for r in batch], [r.error for r in batch],
@@ -349,6 +333,21 @@ def _checked_what(what: Sequence[str] | None, runtime: Runtime) -> tuple[str, ..
             "--outputs of what you need."
         )
     return tuple(n for n in get_args(What) if n in names)
+
+
+def _checked_for_aspect(what: Sequence[str] | None, names: tuple[str, ...], runtime: Runtime) -> tuple[str, ...]:
+    """Leave out patches, whose number differs; refuse them where they are asked for."""
+    if runtime.size is not None:
+        raise ConfigError(
+            f"fit is 'aspect', which gives images of many shapes, and the exported file takes {runtime.size[0]}x"
+            f"{runtime.size[1]} only. Export with --dynamic, or give fit crop, resize or pad."
+        )
+    if what is not None and "patches" in names:
+        raise ConfigError(
+            "fit is 'aspect', and patches are asked for: each image would have another number of them. Give what "
+            "cls,mean, or fit crop, resize or pad."
+        )
+    return tuple(name for name in names if name != "patches")
 
 
 def _concat(parts: list[Features]) -> Features:

@@ -201,7 +201,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """Give the manifest's fixed part: all that decides what a row holds, and how the model was asked for."""
     settings = describe(embedder, model_name, locations.absolute(source.root))
-    return settings | {"weights": weights, "dtype": dtype}
+    return settings | {"weights": weights, "dtype": dtype, "decode": embedder.decode}
 
 
 def embed_to_folder(

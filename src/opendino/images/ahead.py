@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,12 +12,26 @@ _T = TypeVar("_T")
 _S = TypeVar("_S")
 
 
-def map_ahead(function: Callable[[_S], _T], items: Iterable[_S], workers: int, window: int) -> Iterator[_T]:
-    """Map in order with threads, never more than `window` results ahead of the consumer; 0 workers read in this one."""
+def map_ahead(
+    function: Callable[[_S], _T],
+    items: Iterable[_S],
+    workers: int,
+    window: int,
+    setup: Callable[[], object] | None = None,
+) -> Generator[_T]:
+    """Map in order with threads, never more than `window` results ahead of the consumer; 0 workers read in this one.
+
+    Args:
+        function: called in the threads.
+        items: iterated by the consumer's thread.
+        workers: number of threads.
+        window: of results.
+        setup: called by every thread when it starts.
+    """
     if workers < 1:
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="opendino-read")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="opendino-read", initializer=setup)
     waiting: deque[Future[_T]] = deque()
     try:
         for item in items:

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from opendino.errors import DataError, MissingExtraError
-from opendino.images.decode import decode_image
+from opendino.images.decode import Enough, decode_image
 
 log = logging.getLogger("opendino")
 
@@ -28,7 +28,9 @@ PEEKED = frozenset([".npy", ".tif", ".tiff", ".png"])
 GREY_MODES = ("L", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def read_image(source: str | Path | bytes, *, channels: int = 3, name: str = "") -> Tensor:
+def read_image(
+    source: str | Path | bytes, *, channels: int = 3, name: str = "", enough: Enough | None = None
+) -> Tensor:
     """Read an image file or array of `channels` channels.
 
     - `.npy`: uint8 or uint16, (H, W, C), or (H, W) for one channel (repeated for three).
@@ -40,6 +42,7 @@ def read_image(source: str | Path | bytes, *, channels: int = 3, name: str = "")
         source: a path, or the bytes of a file.
         channels: C, what the model takes.
         name: what messages call the image when bytes are given.
+        enough: lets JPEG files be decoded at a fraction of their sides, see `decode_image`.
 
     Returns:
         (C, H, W), uint8 0–255, or float32 0–255 for 16-bit data (value / 257).
@@ -59,7 +62,7 @@ def read_image(source: str | Path | bytes, *, channels: int = 3, name: str = "")
             with Image.open(_file(source)) as picture:
                 return _from_array(np.array(picture, dtype=np.uint16), channels, name)
         if channels in (1, 3):
-            return decode_image(source, channels=channels)
+            return decode_image(source, channels=channels, enough=enough)
     except MissingExtraError:
         raise
     except DataError as error:

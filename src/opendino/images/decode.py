@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +27,13 @@ DAMAGED = (
 
 ORIENTATION = 0x0112
 """The Exif tag of how a picture is to be turned: 1 is upright, 2–8 are turned or mirrored."""
+Enough = Callable[[int, int], tuple[int, int]]
+"""From the height and width of a picture to the least height and width that will do."""
+GREY, RGB = 1, 3
+"""What torchvision's decoder calls them."""
 
 
-def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
+def decode_image(source: str | Path | bytes, *, channels: int = 3, enough: Enough | None = None) -> Tensor:
     """Read an image as uint8 (channels, H, W).
 
     EXIF orientation is applied, transparency is laid on white, CMYK, palettes and the like become RGB; of an animation
@@ -35,6 +43,9 @@ def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
     Args:
         source: a path, or the bytes of a file.
         channels: 3 for RGB, 1 for grey.
+        enough: from (height, width) of a picture to sides that suffice; a JPEG file is then decoded at an eighth, a
+            quarter or half of its sides where neither is smaller than that. Far cheaper for large photographs, and
+            grey levels away from resizing all of it (docs/extraction.md).
 
     Raises:
         DataError: for a missing, truncated or corrupt file, with its path and the reason, and for another number of
@@ -49,7 +60,8 @@ def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(data)) as picture:
-            pixels = _decode_jpeg(data, picture, channels)
+            shrunk = enough is not None and _shrink(picture, enough)
+            pixels = None if shrunk else _decode_jpeg(data, picture, channels)
             if pixels is not None:
                 return pixels
             picture.load()
@@ -59,6 +71,19 @@ def decode_image(source: str | Path | bytes, *, channels: int = 3) -> Tensor:
     except DAMAGED as error:
         raise DataError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
     return as_tensor(image)
+
+
+def _shrink(picture: Image.Image, enough: Enough) -> bool:
+    """Have a JPEG picture decoded at a fraction of its sides, if one suffices."""
+    if picture.format != "JPEG":
+        return False
+    width, height = picture.size
+    if picture.getexif().get(ORIENTATION, 1) in range(5, 9):  # lies on its side
+        least = enough(width, height)
+    else:
+        least = enough(height, width)[::-1]
+    picture.draft(None, least)  # type: ignore[no-untyped-call, unused-ignore]
+    return bool(picture.size != (width, height))
 
 
 def _decode_jpeg(data: bytes, picture: Image.Image, channels: int) -> Tensor | None:
@@ -72,14 +97,33 @@ def _decode_jpeg(data: bytes, picture: Image.Image, channels: int) -> Tensor | N
         return None
     if picture.getexif().get(ORIENTATION, 1) in range(2, 9):
         return None
-    from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
-
-    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    decode = jpeg_decoder()
+    if decode is None:
+        return None
     try:
-        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+        return decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB if channels == 3 else GREY)
     except RuntimeError:
         return None
-    return pixels
+
+
+@cache
+def jpeg_decoder() -> Callable[[Tensor, int], Tensor] | None:
+    """Give torchvision's decoder of JPEG files, or None where it has none.
+
+    Only the library that holds it is loaded: importing torchvision brings torch's compiler with it, which takes 150 MiB
+    and more than a second.
+    """
+    found = importlib.util.find_spec("torchvision")
+    folders = (found.submodule_search_locations if found else None) or []
+    for path in (path for folder in folders for path in sorted(Path(folder).glob("image*"))):
+        if path.suffix in (".so", ".pyd", ".dylib"):
+            with suppress(OSError, RuntimeError):
+                torch.ops.load_library(path)
+    try:
+        decoder: Callable[[Tensor, int], Tensor] = torch.ops.image.decode_jpeg
+    except AttributeError:
+        return None
+    return decoder
 
 
 def flatten(image: Image.Image, mode: str) -> Image.Image:

@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 from opendino.errors import ConfigError, DataError
 from opendino.images.decode import as_tensor, flatten
+from opendino.images.resizing import centre, resize
 from opendino.models.config import PreprocessSpec
 
-Fit = Literal["crop", "resize", "pad"]
+Fit = Literal["crop", "resize", "pad", "aspect"]
+FITS: tuple[str, ...] = get_args(Fit)
 
 
 def parse_size(text: str | int | tuple[int, int] | None) -> int | tuple[int, int] | None:
@@ -40,8 +41,10 @@ class Preprocess:
         spec: constants that travel with the model.
         size: side or (height, width) of the result, pixels; None is spec.crop.
         fit: "crop" resizes the shorter side and cuts the centre; "resize" changes the aspect ratio; "pad" keeps the
-            whole image and fills the bottom and right with the mean colour.
-        patch_size: of the model; the result's sides need not be multiples, the model crops.
+            whole image and fills the bottom and right with the mean colour; "aspect" keeps the whole image, in its own
+            aspect ratio but for half a patch, with whole patches and at most as many as `size` has: results differ in
+            shape.
+        patch_size: of the model; but for "aspect" the result's sides need not be multiples, the model crops.
     """
 
     def __init__(
@@ -55,11 +58,10 @@ class Preprocess:
         side = spec.crop if size is None else size
         self.spec, self.fit, self.patch_size = spec, fit, patch_size
         self.height, self.width = (side, side) if isinstance(side, int) else side
-        if fit not in ("crop", "resize", "pad"):
-            raise ConfigError(f"fit is {fit!r}; it must be crop, resize or pad.")
+        if fit not in FITS:
+            raise ConfigError(f"fit is {fit!r}; it must be {', '.join(FITS[:-1])} or {FITS[-1]}.")
         if min(self.height, self.width) < patch_size:
             raise ConfigError(f"The size {self.height}x{self.width} is below one patch of {patch_size} pixels.")
-        self.mode = InterpolationMode.BICUBIC if spec.interpolation == "bicubic" else InterpolationMode.BILINEAR
 
     def __call__(self, image: Any) -> Tensor:
         """Give float32 (C, height, width) from a uint8 tensor (C, H, W), PIL image or uint8 array (H, W, C)."""
@@ -69,42 +71,58 @@ class Preprocess:
         """Give float32 (C, height, width) from what `read_image` gives: (C, H, W), uint8 or float32, 0–255."""
         return self.normalise(self.fitted(pixels))
 
-    def fitted(self, pixels: Tensor) -> Tensor:
-        """Give (C, height, width) in the dtype of what `read_image` gives, not yet normalised."""
-        return {"crop": self._crop, "resize": self._resize, "pad": self._pad}[self.fit](pixels)
+    def fitted(self, pixels: Tensor, sides: tuple[int, int] | None = None) -> Tensor:
+        """Give (C, height, width) in the dtype of what `read_image` gives, not yet normalised.
+
+        Args:
+            pixels: (C, H, W).
+            sides: height and width of the picture, where `pixels` are a smaller copy of it.
+        """
+        height, width = self.resized(*(sides or pixels.shape[-2:]))
+        out = resize(pixels, height, width, self.spec.interpolation)
+        if self.fit == "crop":
+            return centre(out, self.height, self.width)
+        return self._filled_up(out) if self.fit == "pad" else out
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Give height and width that an image of these sides is resized to, before it is cut or filled up."""
+        if self.fit == "resize":
+            return self.height, self.width
+        if self.fit == "aspect":
+            return self._whole_patches(height, width)
+        if self.fit == "pad":
+            scale = min(self.height / height, self.width / width)
+            return max(min(round(height * scale), self.height), 1), max(min(round(width * scale), self.width), 1)
+        margin = self.spec.resize / self.spec.crop
+        # The scale at which both sides hold the crop with the spec's margin around it.
+        scale = max(round(self.height * margin) / height, round(self.width * margin) / width)
+        return max(int(height * scale), self.height), max(int(width * scale), self.width)
 
     def normalise(self, fitted: Tensor) -> Tensor:
         """Give float32 from pixels 0–255 that have their size, by the spec's mean and std."""
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
-        return (fitted.float().clamp(0, 255) / 255 - mean) / std  # floats overshoot where they are resized
+        return normalise(fitted, self.spec)
 
     def __repr__(self) -> str:
         return f"Preprocess({self.height}x{self.width}, fit={self.fit!r}, {self.spec!r})"
 
-    def _scaled(self, pixels: Tensor, height: int, width: int) -> Tensor:
-        out: Tensor = tv.resize(pixels, [max(height, 1), max(width, 1)], interpolation=self.mode, antialias=True)
-        return out
+    def _whole_patches(self, height: int, width: int) -> tuple[int, int]:
+        p = self.patch_size
+        budget = (self.height // p) * (self.width // p)
+        rows = min(max(round(math.sqrt(budget * height / width)), 1), budget)
+        columns = min(max(round(rows * width / height), 1), budget // rows)
+        return rows * p, columns * p
 
-    def _crop(self, pixels: Tensor) -> Tensor:
-        h, w = pixels.shape[-2:]
-        margin = self.spec.resize / self.spec.crop
-        # The scale at which both sides hold the crop with the spec's margin around it.
-        scale = max(round(self.height * margin) / h, round(self.width * margin) / w)
-        resized = self._scaled(pixels, max(int(h * scale), self.height), max(int(w * scale), self.width))
-        out: Tensor = tv.center_crop(resized, [self.height, self.width])
-        return out
-
-    def _resize(self, pixels: Tensor) -> Tensor:
-        return self._scaled(pixels, self.height, self.width)
-
-    def _pad(self, pixels: Tensor) -> Tensor:
-        h, w = pixels.shape[-2:]
-        scale = min(self.height / h, self.width / w)
-        resized = self._scaled(pixels, min(round(h * scale), self.height), min(round(w * scale), self.width))
+    def _filled_up(self, pixels: Tensor) -> Tensor:
         fill = (torch.tensor(self.spec.mean) * 255).round().to(pixels.dtype).view(-1, 1, 1)
         canvas = fill.expand(-1, self.height, self.width).clone()
-        canvas[:, : resized.shape[-2], : resized.shape[-1]] = resized
+        canvas[:, : pixels.shape[-2], : pixels.shape[-1]] = pixels
         return canvas
+
+
+def normalise(pixels: Tensor, spec: PreprocessSpec) -> Tensor:
+    """Give float32 from pixels 0–255 (…, C, H, W), by the spec's mean and std, where the pixels lie."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (spec.mean, spec.std))
+    return (pixels.float().clamp(0, 255) / 255 - mean) / std  # floats overshoot where they are resized
 
 
 def crop_box(pixels: Tensor, box: tuple[float, float, float, float], name: str) -> Tensor:

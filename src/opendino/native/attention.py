@@ -6,11 +6,11 @@ Shapes: B images, N tokens, H heads of 64, D = 64·H, T = ΣB·N tokens of a pac
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from opendino.native.build import kernels
 from opendino.native.threads import run_together
@@ -107,18 +107,25 @@ def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None,
 packed_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.opendino.packed_attention)
 def _flops(qkv: Any, shapes: Sequence[int], num_heads: int, *args: Any, **kwargs: Any) -> int:
     """Count the two products of the forward pass."""
     return sum(4 * b * n * n * num_heads * HEAD_DIM for b, n in zip(shapes[::2], shapes[1::2], strict=True))
 
 
-@register_flop_formula(torch.ops.opendino.packed_attention_backward)
 def _backward_flops(
     qkv: Any, out: Any, logs: Any, gradient: Any, shapes: Sequence[int], num_heads: int, *args: Any, **kwargs: Any
 ) -> int:
     """Count the four products that have to be; the kernel does seven, because it keeps nothing."""
     return 2 * _flops(qkv, shapes, num_heads)
+
+
+@cache
+def let_torch_count() -> None:
+    """Tell `torch.utils.flop_counter` of the attention; not done on import, since its own takes 70 MiB."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.opendino.packed_attention)(_flops)
+    register_flop_formula(torch.ops.opendino.packed_attention_backward)(_backward_flops)
 
 
 def _library() -> ctypes.CDLL:

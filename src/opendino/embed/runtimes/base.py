@@ -27,7 +27,9 @@ class Runtime(Protocol):
         config: shape of the backbone.
         spec: the preprocessing that belongs to the weights.
         device: where images are wanted and vectors come from.
-        takes_pixels: whether images are uint8 pixels instead of normalised floats.
+        takes_pixels: whether images are best given as uint8 pixels.
+        takes_floats: whether they can be given as normalised floats.
+        takes_turns: whether several threads may ask it at once and gain by it: their batches share its own threads.
         gives: the vectors that can be asked for.
         size: the one (height, width) that it takes, pixels; None where it takes any.
     """
@@ -38,6 +40,8 @@ class Runtime(Protocol):
     spec: PreprocessSpec
     device: torch.device
     takes_pixels: bool
+    takes_floats: bool
+    takes_turns: bool
     gives: tuple[str, ...]
     size: tuple[int, int] | None
 
@@ -45,7 +49,7 @@ class Runtime(Protocol):
         """Compute vectors after the final LayerNorm, those of the last `layers` blocks concatenated.
 
         Args:
-            images: (B, C, H, W), float32 normalised, or uint8 where `takes_pixels`.
+            images: (B, C, H, W), float32 normalised where `takes_floats`, or uint8 where `takes_pixels`.
             layers: L.
             what: of `gives`.
 

@@ -41,6 +41,7 @@ class ExportedRuntime:
     """
 
     device = torch.device("cpu")
+    takes_turns = False
 
     def __init__(self, path: str | Path, precision: str = "auto") -> None:
         self.path = Path(path).expanduser()
@@ -49,6 +50,7 @@ class ExportedRuntime:
         self.name: str = self.session.runtime
         self.precision: str = self.info.precision if precision == "auto" else precision
         self.config, self.spec, self.takes_pixels = self.info.config, self.info.preprocess, self.info.uint8_input
+        self.takes_floats: bool = not self.takes_pixels
         outputs = set(self.info.outputs)
         self.size = self.info.size
         self.gives: tuple[str, ...] = tuple(
@@ -123,6 +125,8 @@ class CachedExportRuntime:
 
     device = torch.device("cpu")
     takes_pixels = False
+    takes_floats = True
+    takes_turns = False
     size: tuple[int, int] | None = None
 
     def __init__(

@@ -18,7 +18,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from threading import Lock
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from opendino.models.vit import VisionTransformer
 from opendino.native import attention
 from opendino.native.build import kernels
 
+T = TypeVar("T")
 CPUPrecision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIECE_VALUES = 2**20
@@ -42,7 +44,7 @@ of intermediate results instead of getting and returning it page by page."""
 class PreparedViT:
     """A frozen copy of a backbone's weights, ready for fast forward passes on a CPU.
 
-    Later changes of the model's weights are not seen.
+    Later changes of the model's weights are not seen. Several threads may call it at once.
 
     Args:
         model: the backbone, on the CPU; it is left as it is, unless `consume`.
@@ -66,14 +68,12 @@ class PreparedViT:
             self.cls = model.cls_token.detach().to(torch.float32, copy=True)
             registers = model.register_tokens
             self.registers = None if registers is None else registers.detach().to(torch.float32, copy=True)
-            projection = model.patch_embed.proj
-            rows = projection.weight.detach().permute(0, 2, 3, 1).flatten(1)  # (D, p·p·C): pixels with channels inside
-            # In bf16, pixels are two numbers, see _embed.
-            self.patches = Product(rows.repeat(1, self._parts()), projection.bias, self.dtype)
+            self.patches = PatchProduct(model, self.dtype)
             self.blocks = [self._taken(model, i, consume) for i in range(len(model.blocks))]
             self.norm = Norm(model.norm)
         self.tables: dict[tuple[int, int], Tensor] = {}
         self.pool: ThreadPoolExecutor | None = None
+        self.lock = Lock()
 
     def _taken(self, model: VisionTransformer, number: int, consume: bool) -> PreparedBlock:
         block = model.blocks[number]
@@ -90,35 +90,40 @@ class PreparedViT:
     def _prepared_block(self, block: Block, finished: Callable[[Tensor], None] | None = None) -> PreparedBlock:
         return PreparedBlock(block, self.dtype, self.library, finished)
 
-    def _parts(self) -> int:
-        return 1 if self.dtype is torch.float32 else 2
-
     def tokens(self, images: Tensor, layers: int = 1) -> Tensor:
         """Give the normalised tokens of the last blocks.
 
         Args:
-            images: (B, C, H, W) float on the CPU, normalised; H and W at least one patch.
+            images: (B, C, H, W) on the CPU, float and normalised, or uint8 pixels; H and W at least one patch.
             layers: L, the number of blocks.
 
         Returns:
             fp32 (B, N, L·D), blocks in their order.
         """
+        return torch.cat(self.by_pieces(images, layers, lambda tokens: tokens))
+
+    def by_pieces(self, images: Tensor, layers: int, pick: Callable[[Tensor], T]) -> list[T]:
+        """Give what `pick` takes of the tokens (b, N, L·D) of each piece of a batch, in order.
+
+        Nothing but that is kept of a piece: the tokens of a batch are more than all else that a forward pass holds.
+        """
         pieces = images.split(self.piece_size(images))
         if len(pieces) == 1:
-            return self._piece(images, layers)
-        if self.pool is None:
-            # One thread of oneDNN in each: the setting belongs to the thread that makes it.
-            self.pool = ThreadPoolExecutor(
-                self.threads, "opendino-forward", initializer=torch.set_num_threads, initargs=(1,)
-            )
-        return torch.cat(list(self.pool.map(lambda piece: self._piece(piece, layers), pieces)))
+            return [pick(self._piece(images, layers))]
+        with self.lock:
+            if self.pool is None:
+                # One thread of oneDNN in each: the setting belongs to the thread that makes it.
+                self.pool = ThreadPoolExecutor(
+                    self.threads, "opendino-forward", initializer=torch.set_num_threads, initargs=(1,)
+                )
+        return list(self.pool.map(lambda piece: pick(self._piece(piece, layers)), pieces))
 
     def piece_size(self, images: Tensor) -> int:
         """Images of a piece: few enough for the cache, and as many pieces for every thread."""
         p = self.config.patch_size
         tokens = 1 + self.config.num_register_tokens + (images.shape[-2] // p) * (images.shape[-1] // p)
         fits = max(1, self._piece_values() // (tokens * self.config.embed_dim))
-        rounds = -(-len(images) // (fits * self.threads))
+        rounds = max(1, -(-len(images) // (fits * self.threads)))
         return max(1, -(-len(images) // (rounds * self.threads)))
 
     def _piece_values(self) -> int:
@@ -140,20 +145,11 @@ class PreparedViT:
         return result
 
     def _embed(self, images: Tensor) -> Tensor:
-        """Pixels to tokens with positions and registers, (T, D) fp32.
-
-        A pixel rounded to bf16 would be nearly all of the error (benchmarks/RESULTS.md), so the rest of it is a second
-        input with the same weight: a hundredth of the products of a ViT-S.
-        """
+        """Pixels to tokens with positions and registers, (T, D) fp32."""
         p, config = self.config.patch_size, self.config
         h, w = images.shape[-2] // p, images.shape[-1] // p
-        x = images[..., : h * p, : w * p]
-        x = x.unflatten(2, (h, p)).unflatten(4, (w, p)).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, C)
-        x = x.reshape(len(images) * h * w, -1)
-        if self._parts() == 2:
-            rounded = x.to(self.dtype)
-            x = torch.cat([rounded, (x - rounded).to(self.dtype)], 1)
-        patches = self.patches(x)
+        x = images[..., : h * p, : w * p].unflatten(2, (h, p)).unflatten(4, (w, p)).permute(0, 2, 4, 3, 5, 1)
+        patches = self.patches(x.reshape(len(images) * h * w, -1))  # from (B, h, w, p, p, C)
         first = 1 + config.num_register_tokens
         stream = torch.empty(len(images), first + h * w, config.embed_dim)
         table = self._table(h, w)
@@ -167,6 +163,43 @@ class PreparedViT:
         if (h, w) not in self.tables:
             self.tables[h, w] = resize_pos_embed(self.pos_embed, h, w, self.config.pos_resize)
         return self.tables[h, w]
+
+
+class PatchProduct:
+    """Patches to tokens, from normalised floats or from pixels with the normalisation inside weights and bias.
+
+    A pixel u becomes u - m, where m is the integer next to 255·mean: in bf16 that is exact, which normalised values are
+    not. With x = (u/255 - mean)/std, W·x + b = (W/(255·std))·(u - m) + b + W·(m/255 - mean)/std.
+    A normalised value rounded to bf16 would be nearly all of the error (benchmarks/RESULTS.md), so the rest of it is a
+    second input with the same weight: a hundredth of the products of a ViT-S.
+
+    Args:
+        model: the backbone with its preprocessing.
+        dtype: of the products.
+    """
+
+    def __init__(self, model: VisionTransformer, dtype: torch.dtype) -> None:
+        projection, spec, self.dtype = model.patch_embed.proj, model.preprocess, dtype
+        weight = projection.weight.detach().double().permute(0, 2, 3, 1)  # (D, p, p, C): channels inside
+        self.parts = 1 if dtype is torch.float32 else 2
+        self.of_floats = Product(weight.flatten(1).repeat(1, self.parts), projection.bias, dtype)
+        self.of_pixels: Product | None = None
+        if spec.num_channels != weight.shape[-1]:
+            return
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (spec.mean, spec.std))
+        middle = (255 * mean).round()
+        bias = 0 if projection.bias is None else projection.bias.detach().double()
+        bias = bias + (weight * ((middle / 255 - mean) / std)).sum((1, 2, 3))
+        self.of_pixels = Product((weight / (255 * std)).flatten(1), bias, dtype)
+        self.middle = middle.repeat(weight.shape[1] * weight.shape[2]).to(dtype)
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """(T, p·p·C) uint8 or normalised float, a pixel's channels together → (T, D)."""
+        x = patches.to(self.dtype)
+        if patches.dtype is not torch.uint8:
+            return self.of_floats(torch.cat([x, (patches - x).to(self.dtype)], 1) if self.parts == 2 else x)
+        assert self.of_pixels is not None
+        return self.of_pixels(x.sub_(self.middle))
 
 
 class PreparedBlock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -14,6 +15,7 @@ from opendino.embed.runtimes.base import Precision, split_tokens
 from opendino.embed.runtimes.prepared import PreparedViT, packs, preparable
 from opendino.embed.runtimes.stored import StoredModel
 from opendino.errors import ConfigError
+from opendino.images.preprocess import normalise
 from opendino.models.fingerprint import weights_fingerprint
 from opendino.models.vit import VisionTransformer
 
@@ -31,11 +33,12 @@ class TorchRuntime:
     """
 
     name: str = "torch"
-    takes_pixels = False
+    takes_floats = True
     gives: tuple[str, ...] = ("cls", "mean", "patches", "registers")
     size: tuple[int, int] | None = None
 
     def __init__(self, model: VisionTransformer | StoredModel, precision: str = "auto") -> None:
+        self._lock = Lock()
         self._prepared: PreparedViT | None = None
         self._prepared_from: list[tuple[int, int]] = []
         self._stored = model if isinstance(model, StoredModel) else None
@@ -47,6 +50,9 @@ class TorchRuntime:
         self.config, self.spec, self.device = model.config, model.preprocess, model.cls_token.device
         own = torch.float32 if self._stored else model.cls_token.dtype
         self.precision: str = resolve_precision(precision, self.device, own)
+        # A plain model on a CPU gets floats: the threads that read normalise better than the one that computes.
+        self.takes_pixels: bool = self._is_prepared() or self.device.type != "cpu"
+        self.takes_turns: bool = self._is_prepared()
 
     def _read(self, stored: StoredModel) -> VisionTransformer:
         """Prepare a model from its file; give it back, used up, or whole where it cannot be prepared."""
@@ -67,14 +73,31 @@ class TorchRuntime:
         return self._model
 
     def vectors(self, images: Tensor, layers: int, what: Sequence[str]) -> dict[str, Tensor]:
-        """Give the vectors of normalised images (B, C, H, W); see `Runtime`."""
-        return split_tokens(self.tokens(images, layers), self.config.num_register_tokens, what)
+        """Give the vectors of images (B, C, H, W), normalised or uint8; see `Runtime`."""
+        registers = self.config.num_register_tokens
+        if not self._is_prepared():
+            return split_tokens(self.tokens(images, layers), registers, what)
+        with self._lock:
+            prepared = self._prepare()
+        images = images if images.dtype is torch.uint8 else images.float()
+
+        @torch.inference_mode()
+        def pick(tokens: Tensor) -> dict[str, Tensor]:
+            # A copy, so that a cls token does not keep all tokens in memory.
+            return {name: found.clone() for name, found in split_tokens(tokens, registers, what).items()}
+
+        parts = prepared.by_pieces(images, layers, pick)
+        return {name: torch.cat([part[name] for part in parts]) for name in what}
 
     @torch.inference_mode()
     def tokens(self, images: Tensor, layers: int) -> Tensor:
         """Give the normalised tokens of the last `layers` blocks, (B, 1 + R + P, L·D) fp32."""
         if self._is_prepared():
-            return self._prepare().tokens(images.float(), layers)
+            with self._lock:
+                prepared = self._prepare()
+            return prepared.tokens(images if images.dtype is torch.uint8 else images.float(), layers)
+        if images.dtype is torch.uint8:
+            images = normalise(images.to(self.device), self.spec)
         model, outputs, was_training = self.model, [], self.model.training
         model.eval()
         try:

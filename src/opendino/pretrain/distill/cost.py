@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opendino.models.vit import VisionTransformer
+from opendino.native.attention import let_torch_count
 from opendino.pretrain.distill.config import DistillConfig
 from opendino.pretrain.distill.students import backbone_of
 from opendino.pretrain.distill.teacher import FrozenTeacher
@@ -49,6 +50,7 @@ def forward_flops(backbone: VisionTransformer, size: int) -> float:
         tokens = 1 + backbone.num_register_tokens + patches
         blocks = backbone.config.depth * block_flops(backbone.config, tokens)
         return blocks + embed_flops(backbone.config, patches)
+    let_torch_count()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         x = torch.empty(1, backbone.config.in_chans, size, size, device="meta")
         copy.deepcopy(backbone).to("meta").eval().prepare_tokens(x)
