@@ -31,7 +31,7 @@ from opendino.embed.runtimes.variants import make_runtime
 from opendino.errors import ConfigError, DataError
 from opendino.export.session import is_exported
 from opendino.images.ahead import map_ahead
-from opendino.images.preprocess import Fit, Preprocess
+from opendino.images.preprocess import Fit, Preprocess, normalise
 from opendino.images.sources import ImageSource, open_source
 from opendino.models.vit import VisionTransformer
 
@@ -157,12 +157,13 @@ class Embedder:
                 f"calibration is given, but precision is {self.precision!r} in the runtime {self.runtime.name}, which "
                 "needs none. Give it with precision='int8' and the runtime torch."
             )
-        pixels = [read.pixels for read in map(self._read, images) if read.pixels is not None]
+        pixels = [read.pixels for read in map(self.reader, images) if read.pixels is not None]
         if not pixels:
             raise DataError(f"None of the {len(images)} calibration images could be read. Give some that can.")
         if len(pixels) < len(images):
             log.warning("%d of %d calibration images could not be read.", len(images) - len(pixels), len(images))
-        calibrate(torch.stack(pixels))
+        batch = self.stacked(pixels)
+        calibrate(normalise(batch, self.runtime.spec) if batch.dtype is torch.uint8 else batch)
 
     @property
     def model(self) -> VisionTransformer:
