@@ -26,27 +26,23 @@ LAYOUT = 2
 def describe(embedder: Embedder, model_name: str, source: str) -> dict[str, Any]:
     """Give the manifest's fixed part: all that decides what a row holds."""
     config, runtime = embedder.config, embedder.runtime
-    decode = {} if embedder.decode == "exact" else {"decode": embedder.decode}
-    return (
-        {
-            "format": FORMAT,
-            "model": model_name,
-            "weights_sha256": runtime.weights_sha256(),
-            "config": config.model_dump(mode="json"),
-            "preprocess": runtime.spec.model_dump(mode="json"),
-            "input_shape": list(embedder.input_shape),
-            "size": list(embedder.size) if isinstance(embedder.size, tuple) else embedder.size,
-            "fit": embedder.fit,
-            "precision": embedder.precision,
-            "what": list(embedder.what),
-            "layers": embedder.layers,
-            "dim": embedder.layers * config.embed_dim,
-            "grid": list(embedder.grid),
-            "input": source,
-        }
-        | decode
-        | runtime.identity()
-    )
+    return {
+        "format": FORMAT,
+        "model": model_name,
+        "weights_sha256": runtime.weights_sha256(),
+        "config": config.model_dump(mode="json"),
+        "preprocess": runtime.spec.model_dump(mode="json"),
+        "input_shape": list(embedder.input_shape),
+        "size": list(embedder.size) if isinstance(embedder.size, tuple) else embedder.size,
+        "fit": embedder.fit,
+        "precision": embedder.precision,
+        "what": list(embedder.what),
+        "layers": embedder.layers,
+        "dim": embedder.layers * config.embed_dim,
+        "grid": list(embedder.grid),
+        "input": source,
+        **({} if embedder.decode == "exact" else {"decode": embedder.decode}),
+    } | runtime.identity()
 
 
 # The model's name may change (a file moved); its weights may not. An int and a pair that give the same shape are equal.
