@@ -123,3 +123,12 @@ def test_an_embedder_in_bf16_is_prepared_and_sees_later_changes_of_the_weights()
     after = embedder([picture]).cls
     assert np.abs(after - before).max() > 0.3
     np.testing.assert_allclose(after, exact([picture]).cls, atol=0.15)
+
+
+def test_a_model_made_in_inference_mode_is_prepared_too():
+    picture = np.random.default_rng(0).integers(0, 256, (60, 70, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        inside = Embedder(make_model(), precision="bf16", size=56, what=["cls"])([picture]).cls
+    np.testing.assert_array_equal(
+        inside, Embedder(make_model(), precision="bf16", size=56, what=["cls"])([picture]).cls
+    )
