@@ -166,3 +166,12 @@ def test_every_thread_gets_as_many_pieces(monkeypatch, threads, batch, size):
     monkeypatch.setattr(prepared, "PIECE_VALUES", 5 * 17 * 128)  # five images of 16 patches and a cls token
     images = torch.zeros(batch, 3, 56, 56, dtype=torch.uint8)
     assert PreparedViT(make_model(), "fp32", threads).piece_size(images) == size
+
+
+def test_a_model_made_in_inference_mode_is_prepared_too():
+    picture = np.random.default_rng(0).integers(0, 256, (60, 70, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        inside = Embedder(make_model(), precision="bf16", size=56, what=["cls"])([picture]).cls
+    np.testing.assert_array_equal(
+        inside, Embedder(make_model(), precision="bf16", size=56, what=["cls"])([picture]).cls
+    )

@@ -35,8 +35,6 @@ from opendino.native.attention import attention_supported
 from opendino.native.build import kernels
 from opendino.native.int8 import PackedLinear, add_feed_forward, int8_supported, quantise_weight
 
-OFFERED_BY_AUTO = True
-"""Whether the runtime auto may choose int8 where it is fastest and within its floor."""
 MOST_CLS, MOST_PATCHES, LEAST_VOTES = 3e-4, 5e-5, 0.995
 """The floor: 1 − cosine to fp32 of the worst cls token and of the patches, mean; share of k-NN answers that stay, where
 there are labels and ENOUGH images to tell (`opendino.embed.runtimes.closeness`)."""

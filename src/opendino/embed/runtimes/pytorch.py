@@ -147,8 +147,8 @@ class TorchRuntime:
 
 
 def _versions(model: VisionTransformer) -> list[tuple[int, int]]:
-    """Give what changes when a parameter is replaced or written to."""
-    return [(p.data_ptr(), p._version) for p in model.parameters()]
+    """Give what changes when a parameter is replaced or written to; of one made in inference mode the former alone."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
 
 
 def resolve_precision(precision: str, device: torch.device, model_dtype: torch.dtype = torch.float32) -> _Computed:
