@@ -5,7 +5,7 @@ BENCH := .venv-bench
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow bench lint docs ledger ledger-check clean
+.PHONY: help install demo test test-slow bench lint docs ledger ledger-check open-table clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 
 install: $(STAMP)  ## make .venv with everything that the tests and the demo use
 
-demo: $(STAMP)  ## pre-train a small DINOv2 on real photographs and open demo/report.html (10 minutes on two cores)
+demo: $(STAMP)  ## score vitt14_open, train it further on real photographs, open demo/report.html (under 10 minutes on two cores)
 	$(BIN)/opendino demo --out demo
 
 test: $(STAMP)  ## every test that takes seconds
@@ -49,6 +49,11 @@ ledger: $(STAMP)  ## write docs/ledger.md from docs/ledger.yaml
 
 ledger-check: $(STAMP)  ## measure the cheap figures of the docs again; NET=--net: also those that fetch packages
 	$(BIN)/python benchmarks/ledger.py check $(NET)
+
+open-table: $(STAMP)  ## build the real sets and score vitt14_open on them (an hour; half of it renders rooms)
+	$(BIN)/pip install --quiet -e '.[rooms]'
+	$(BIN)/python benchmarks/real_sets/build.py --out data/real-sets
+	$(BIN)/python benchmarks/real_sets/table.py --sets data/real-sets --work data/open-table --run vitt14_open
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

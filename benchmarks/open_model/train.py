@@ -16,11 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from open_model.deepen import deepened_run
 from opendino.cli.pretrain import run
 from opendino.errors import OpendinoError
 from opendino.images.sources import open_source
-from opendino.pretrain.config import load_recipe
+from opendino.models.registry import get_config
+from opendino.pretrain.config import PretrainConfig, load_recipe
+from opendino.pretrain.initialise import HEADS_FILE, with_start
 from opendino.pretrain.interrupts import TrainingStopped
+from opendino.pretrain.student_teacher import backbone_config
 from real_sets.train import Session
 
 SHARES = {
@@ -41,8 +45,19 @@ def main() -> None:
     out = args.out / f"stage{args.stage}"
     out.mkdir(parents=True, exist_ok=True)
     place = {"data": str(training_list(args.sets, out)), "data_may_change": True, "out": str(out), "seed": args.seed}
+    config = load_recipe(f"vitt14_open_{args.stage}").model_copy(update=place)
+    if args.stage > 1:
+        config = with_start(started_from(config, args.out / f"stage{args.stage - 1}", out / "start"))
     with Session(out / "sessions"):
-        run(load_recipe(f"vitt14_open_{args.stage}").model_copy(update=place))
+        run(config)
+
+
+def started_from(config: PretrainConfig, before: Path, start: Path) -> PretrainConfig:
+    """Give the settings of a stage that starts from the teacher and heads of the one before, made as deep as it is."""
+    depth = get_config(config.model.arch, **backbone_config(config)).depth
+    if not (start / HEADS_FILE).exists():
+        deepened_run(before, start, depth)
+    return config.model_copy(update={"init": config.init.model_copy(update={"weights": str(start)})})
 
 
 def training_list(sets: Path, out: Path) -> Path:

@@ -42,11 +42,11 @@ class Describer(ABC):
     key: str
 
     @abstractmethod
-    def images(self, paths: Sequence[Path], boxes: Sequence[Box], size: int) -> Iterator[Single]:
-        """Iterate over blocks (b, D) of vectors of images, or of the box in each, shown at size × size pixels."""
+    def images(self, paths: Sequence[Path], boxes: Sequence[Box], size: int | None) -> Iterator[Single]:
+        """Iterate over blocks (b, D) of vectors of images or of boxes in them, shown at size × size (None: its own)."""
 
     @abstractmethod
-    def patches(self, paths: Sequence[Path], size: int) -> Iterator[Half]:
+    def patches(self, paths: Sequence[Path], size: int | None) -> Iterator[Half]:
         """Iterate over blocks (b, g, g, D) of vectors of patches."""
 
 
@@ -56,15 +56,16 @@ class Handmade(Describer):
     def __init__(self, name: str) -> None:
         self.name, self.key = name, f"{name} 2"
 
-    def images(self, paths: Sequence[Path], boxes: Sequence[Box], size: int) -> Iterator[Single]:
+    def images(self, paths: Sequence[Path], boxes: Sequence[Box], size: int | None) -> Iterator[Single]:
         """See `Describer`."""
         for start in range(0, len(paths), BATCH):
             part = slice(start, start + BATCH)
             yield describe_images(self.name, [read(p, b) for p, b in zip(paths[part], boxes[part])])
 
-    def patches(self, paths: Sequence[Path], size: int) -> Iterator[Half]:
+    def patches(self, paths: Sequence[Path], size: int | None) -> Iterator[Half]:
         """See `Describer`."""
         for path in paths:
+            assert size is not None, "a descriptor by hand has no size of its own for patches"
             image = read(path).resize((size, size), Image.Resampling.BICUBIC)
             yield describe_patches(self.name, np.asarray(image))[None].astype(np.float16)
 
@@ -76,7 +77,7 @@ class Backbone(Describer):
         self.name, self.model = name, model.eval()
         self.key = f"{weights_fingerprint(model)} 1"
 
-    def images(self, paths: Sequence[Path], boxes: Sequence[Box], size: int) -> Iterator[Single]:
+    def images(self, paths: Sequence[Path], boxes: Sequence[Box], size: int | None) -> Iterator[Single]:
         """See `Describer`."""
         inputs: list[Any] = [p if b is None else read(p, b) for p, b in zip(paths, boxes)]
         for part in self._embedder(size, "cls").stream(inputs):
@@ -84,15 +85,16 @@ class Backbone(Describer):
             assert part.cls is not None
             yield part.cls
 
-    def patches(self, paths: Sequence[Path], size: int) -> Iterator[Half]:
+    def patches(self, paths: Sequence[Path], size: int | None) -> Iterator[Half]:
         """See `Describer`."""
         for part in self._embedder(size, "patches").stream(list(paths)):
             _check(part.errors)
             assert part.patches is not None
             yield part.patches.reshape(len(part), *part.grid, -1).astype(np.float16)
 
-    def _embedder(self, size: int, what: str) -> Embedder:
-        return Embedder(self.model, precision="fp32", batch_size=BATCH, size=size, fit="resize", what=(what,))
+    def _embedder(self, size: int | None, what: str) -> Embedder:
+        own = self.model.preprocess.crop
+        return Embedder(self.model, precision="fp32", batch_size=BATCH, size=size or own, fit="resize", what=(what,))
 
 
 def describer(row: str, run: Path | None) -> Describer:
@@ -100,7 +102,7 @@ def describer(row: str, run: Path | None) -> Describer:
 
     Args:
         row: one of `ROWS`.
-        run: run folder, whose architecture "random" takes too; others need none.
+        run: run folder or model name, whose architecture "random" takes too; others need none.
 
     Raises:
         DataError: when a row needs a run folder.

@@ -248,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=Path, required=True, help="folder that build.py filled")
     parser.add_argument("--work", type=Path, required=True, help="folder of vectors and figures")
-    parser.add_argument("--run", type=Path, help="run folder of train.py")
+    parser.add_argument("--run", type=Path, help="run folder of train.py, or a model name such as vitt14_open")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--tasks", nargs="+", choices=list(SCORES), default=list(SCORES))
     args = parser.parse_args()

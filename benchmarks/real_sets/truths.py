@@ -19,8 +19,8 @@ from opendino.errors import DataError
 from opendino.evaluate.datasets.folders import open_folder_depth, open_folder_masks
 from opendino.images.sources import open_source
 
-SMALL, LARGE = 84, 224
-"""Sides at which small images and rendered or pasted scenes are shown to a backbone, pixels."""
+LARGE = 224
+"""Side at which rendered or pasted scenes are shown to a backbone, pixels."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Part:
 
     Attributes:
         paths: of the images.
-        size: side at which a backbone sees them.
+        size: side at which a backbone sees them; None: that of its preprocessing, which a run has from its crops.
         dense: a vector per patch is wanted.
         boxes: part of each that is described.
     """
 
     paths: Sequence[Path]
-    size: int
+    size: int | None = None
     dense: bool = False
     boxes: Sequence[Any] | None = None
 
@@ -46,7 +46,7 @@ def emoji(sets: Path) -> tuple[dict[str, Part], dict[str, Any]]:
     split, label = zip(*(Path(p).parts[:2] for p in task["gallery"]))
     classes = sorted(set(label))
     truth = {"split": split, "label": [classes.index(x) for x in label], "classes": classes, **_queries(task)}
-    parts = {"emoji": Part([sets / "emoji" / p for p in task["gallery"]], SMALL)}
+    parts = {"emoji": Part([sets / "emoji" / p for p in task["gallery"]])}
     return parts, {"emoji": truth}
 
 
@@ -55,7 +55,7 @@ def fashion(sets: Path) -> tuple[dict[str, Part], dict[str, Any]]:
     parts, truth = {}, {}
     for split in ("train", "test"):
         source = open_source(sets / "fashion-mnist" / split)
-        parts[f"fashion_{split}"] = Part([Path(item.path) for item in source.items], SMALL)
+        parts[f"fashion_{split}"] = Part([Path(item.path) for item in source.items])
         truth[f"fashion_{split}"] = np.asarray(source.label_ids(), np.int64)
     return parts, truth
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from opendino.errors import ConfigError
 from opendino.images.sources import open_source
-from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config
+from opendino.pretrain.config import InitSettings, PretrainConfig, load_recipe, parse_config
 from opendino.pretrain.engine import Engine
 from opendino.pretrain.hog import Components, HogTargets, crop_descriptors, patch_descriptors
+from opendino.pretrain.initialise import with_start
 from opendino.pretrain.stages import timeline
 from opendino.pretrain.student_teacher import StudentTeacher
 from opendino.pretrain.trainer import Trainer
@@ -162,6 +164,23 @@ def test_a_run_learns_the_targets_and_keeps_them_in_its_checkpoint(folder):
     assert all(torch.equal(v, trainer.engine.tensors()[k]) for k, v in before.items())
     total = records[0]["dino"] + records[0]["ibot"] + 0.1 * records[0]["koleo"]
     assert records[0]["loss"] == pytest.approx(total + 2 * (records[0]["hog_cls"] + records[0]["hog_patch"]), rel=1e-4)
+
+
+def test_a_run_from_a_run_has_its_components_and_not_those_of_its_own_crops(folder):
+    place = {"data": str(folder / "images"), "probe_every": 100}
+    Trainer(settings(out=str(folder / "run"), **place)).train()
+    second = settings(out=str(folder / "second"), init=InitSettings(weights=str(folder / "run"), heads="run"), **place)
+    narrow = second.crops.model_copy(update={"global_scale": (0.05, 0.1)})
+    other = second.model_copy(update={"crops": narrow, "out": str(folder / "third")})
+    first, begun = (Trainer(with_start(c)).engine.model.hog for c in (second, other))
+    kept = load_file(folder / "run" / "heads.safetensors")
+    for name, value in begun.state_dict().items():
+        assert torch.equal(value, kept[f"hog.{name}"])
+        assert torch.equal(value, first.state_dict()[name])
+    alone = settings(data=str(folder / "images"), crops=narrow)
+    engine = Engine(alone)
+    engine.begin(open_source(folder / "images"))
+    assert not torch.equal(engine.model.hog.crop_components.basis, begun.crop_components.basis)
 
 
 def test_the_components_come_from_all_over_the_source_whatever_the_process(folder):

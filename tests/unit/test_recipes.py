@@ -24,8 +24,10 @@ def test_all_recipes_are_there():
         "vits14_staged",
         "vitt14_continue",
         "vitt14_demo",
+        "vitt14_demo_open",
         "vitt14_mixture",
         "vitt14_open_1",
+        "vitt14_open_2",
         "vitt7_fashion",
     ]
 

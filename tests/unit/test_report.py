@@ -27,7 +27,8 @@ SETTINGS = """
 def record(step):
     figures = {
         "step": step, "loss": 6.0 - step / 400, "dino": 4.0, "dino_global": 1.0, "dino_local": 3.0, "ibot": 2.0,
-        "koleo": 0.5, "feature_cls": 0.3, "lr": 1e-3, "last_layer_lr": 1e-3, "weight_decay": 0.04, "momentum": 0.99,
+        "koleo": 0.5, "feature_cls": 0.3, "hog_cls": 0.4, "lr": 1e-3, "last_layer_lr": 1e-3,
+        "weight_decay": 0.04, "momentum": 0.99,
         "teacher_temp": 0.04,
         "grad_norm_backbone": 1.0, "grad_norm_dino_head": 2.0, "images_per_s": 80.0, "data_wait": 0.1, "mfu": 0.3,
         "tflops": 0.01, "peak_memory_gb": 1.2, "bad_steps": 0, "image_errors": 0,

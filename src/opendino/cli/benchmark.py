@@ -149,7 +149,7 @@ def weights_of(args: Args, model: str) -> tuple[str | None, str]:
     note += "those of trained weights."
     if args.random and entry is None:
         raise ConfigError(f"--random is for models given by name, and {model} is none. Leave it out.")
-    if entry is None or args.weights:
+    if entry is None or args.weights or (entry.packaged and not args.random):
         return args.weights, ""
     if args.random or (not args.models and find_published(entry) is None):
         return "random", note

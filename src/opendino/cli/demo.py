@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`opendino demo`: pre-train a small model on real photographs, score it before and after, write a report."""
+"""`opendino demo`: the features of `vitt14_open`, and what training on real photographs changes; a report of both."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from opendino.images.decode import decode_image
 from opendino.images.sources import open_source
 from opendino.models.vit import VisionTransformer
 from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config, with_steps
+from opendino.pretrain.initialise import with_start
 from opendino.pretrain.trainer import Trainer
 from opendino.sample_data.demo import DemoData, build_demo_data
 
@@ -46,8 +47,8 @@ class Args:
 
     out: Path = Path("demo")
     """folder of the data, the run and report.html"""
-    recipe: str = "vitt14_demo"
-    """recipe to train by"""
+    recipe: str = "vitt14_demo_open"
+    """recipe to train by; this one goes on with vitt14_open, vitt14_demo begins at random"""
     steps: int | None = None
     """optimiser steps; the recipe's by default, fewer when they would take longer than --minutes"""
     minutes: float = 4.0
@@ -59,7 +60,10 @@ def main(argv: list[str]) -> int:
     """Build the small sets, train, score and write the report."""
     import tyro
 
-    description = "Pre-train a small DINOv2 on real photographs.\n\nExample:\n  opendino demo --out demo --steps 400"
+    description = (
+        "Score a small open DINOv2, train it further on real photographs, score it again.\n\n"
+        "Example:\n  opendino demo --out demo --steps 100"
+    )
     run_demo(tyro.cli(Args, args=argv, prog="opendino demo", description=description))
     return 0
 
@@ -75,11 +79,14 @@ def run_demo(args: Args) -> dict[str, dict[str, float]]:
         "seed": args.seed,
     }
     config = load_recipe(args.recipe).model_copy(update=update)
-    console.print("Scoring raw pixels and the untrained model …")
+    if config.init.weights:
+        config = with_start(config)
+    start = config.init.weights or "before training"
+    console.print(f"Scoring raw pixels and {config.init.weights or 'the untrained model'} …")
     table = {"raw 16×16 pixels": score_all(data, raw_pixels)}
     with tempfile.TemporaryDirectory() as folder:
         fresh = Trainer(config.model_copy(update={"out": folder})).teacher
-        table["before training"] = score_all(data, describe_with(fresh))
+        table[start] = score_all(data, describe_with(fresh))
     config = with_length(config, args, console)
     pretrain(config)
     trained = Trainer(config).teacher

@@ -41,6 +41,7 @@ def describe(name: str) -> dict[str, Any]:
     import torch
 
     from opendino.models.files import find_published
+    from opendino.models.packaged import packaged_weights
     from opendino.models.registry import MODELS
     from opendino.models.vit import VisionTransformer
 
@@ -48,11 +49,12 @@ def describe(name: str) -> dict[str, Any]:
     c = entry.config
     with torch.device("meta"):
         parameters = sum(p.numel() for p in VisionTransformer(c).parameters())
-    cached = find_published(entry) if entry.published else None
+    cached = find_published(entry) if entry.published else packaged_weights(name)
     return {
         "name": name, "parameters": parameters, "depth": c.depth, "width": c.embed_dim, "heads": c.num_heads,
         "ffn": c.ffn, "registers": c.num_register_tokens, "patch_size": c.patch_size, "pos_resize": c.pos_resize,
         "url": entry.url, "hf_repo": entry.hf_repo, "cached": str(cached) if cached else None,
+        "packaged": entry.packaged,
     }  # fmt: skip
 
 
@@ -63,7 +65,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 
     table = Table("name", "params (M)", "depth", "width", "heads", "ffn", "registers", "weights", box=None)
     for row in rows:
-        where = "–" if row["url"] is None else "cached" if row["cached"] else "download"
+        where = "cached" if row["cached"] else "download" if row["url"] else "–"
+        where = "in the package" if row["packaged"] else where
         cells = (row[k] for k in ("depth", "width", "heads", "ffn", "registers"))
         table.add_row(row["name"], f"{row['parameters'] / 1e6:,.1f}", *map(str, cells), where)
     console = Console()

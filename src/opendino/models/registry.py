@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The named architectures: ViT-T/S/B/L/g with patch 14, each with and without four registers (method.md §1)."""
+"""The named architectures: ViT-T/S/B/L/g with patch 14, each with and without four registers (method.md §1).
+
+One name more is a model of our own, whose weights are in the package: `vitt14_open`, in the shape of `vitt14`.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,13 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A named architecture and, when its weights are published, where they are."""
+    """A named architecture and, when its weights are published, where they are; those of `packaged` come with us."""
 
     name: str
     config: ViTConfig
     published: bool
     licence: str | None
+    packaged: bool = False
 
     @property
     def url(self) -> str | None:
@@ -68,7 +72,8 @@ def _entries() -> dict[str, ModelEntry]:
             )
             published = size != "vitt14"
             found[name] = ModelEntry(name, config, published, "Apache-2.0" if published else None)
-    return found
+    ours = found["vitt14"].config.model_copy(update={"arch": "vitt14_open"})
+    return found | {"vitt14_open": ModelEntry("vitt14_open", ours, False, "Apache-2.0", packaged=True)}
 
 
 MODELS: dict[str, ModelEntry] = _entries()

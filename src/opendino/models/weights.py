@@ -19,6 +19,7 @@ from opendino.models.config import PreprocessSpec, ViTConfig
 from opendino.models.files import LEFTOVERS, WeightFile, fetch_published, fetch_repository, read_weights, unpack_tensors
 from opendino.models.layouts import Reading, State, infer_config, to_published, with_timm_leftovers
 from opendino.models.memory import give_up
+from opendino.models.packaged import packaged_weights
 from opendino.models.positions import resize_pos_embed
 from opendino.models.registry import MODELS, get_config
 from opendino.models.vit import VisionTransformer
@@ -128,6 +129,8 @@ def _locate(name: str, weights: str | Path | None, is_name: bool) -> Path:
         return path
     if is_name:
         entry = MODELS[name.removeprefix("dinov2_")]
+        if entry.packaged and (ours := packaged_weights(name)):
+            return ours
         if not entry.published:
             raise WeightsError(
                 f"No weights of {name} are published. Train some (opendino pretrain), give a file as weights=, or "

@@ -25,6 +25,8 @@ CELLS, QUARTERS, CLIP, EPS = 8, 2, 0.2, 1e-5
 """Cells and colour fields a side of a crop; bounds of Dalal and Triggs' block normalisation (2005)."""
 SUBCELLS = 2
 """Cells a side of a patch."""
+TARGETS = "hog."
+"""What the components' names begin with in a file of heads."""
 WHITENING = 0.5
 """Power of the standard deviation that a component is divided by."""
 
@@ -110,8 +112,12 @@ class HogTargets(nn.Module):
         patch_size: side of a patch, pixels.
         mean: that crops are normalised with, three values.
         std: likewise.
+
+    Attributes:
+        given: whether the components are those of the run that this one starts from.
     """
 
+    given = False
     crop_components: Components
     patch_components: Components
 
@@ -186,7 +192,8 @@ def _histograms(number: Tensor, weight: Tensor, side: int, size: int) -> Tensor:
     place = (row[:, None] * side + column) * size + number
     total = weight.new_zeros(batch, side * side * size)
     total.scatter_add_(1, place.flatten(1), weight.flatten(1))
-    return total.unflatten(1, (side * side, size)) * (side * side / (height * width))
+    shares: Tensor = total.unflatten(1, (side * side, size)) * (side * side / (height * width))
+    return shares
 
 
 def _bounded_length(x: Tensor) -> Tensor:

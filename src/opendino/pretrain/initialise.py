@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from opendino.errors import ConfigError, WeightsError
 from opendino.models.config import PreprocessSpec, ViTConfig
+from opendino.models.packaged import packaged_heads
 from opendino.models.registry import MODELS, get_config
 from opendino.models.vit import VisionTransformer
 from opendino.models.weights import SHAPE_FIELDS, inflate_stem, load
 from opendino.pretrain.config import BackboneSettings, InitSettings, PretrainConfig
+from opendino.pretrain.hog import TARGETS
 from opendino.pretrain.schedules import scaled_lr
 from opendino.pretrain.student_teacher import StudentTeacher, backbone_config
 
@@ -233,7 +235,7 @@ def _fit_layer_scale(state: dict[str, Tensor], source: VisionTransformer, wanted
 
 
 def _take_heads(model: StudentTeacher, init: InitSettings) -> tuple[bool, str]:
-    path = Path(init.weights).expanduser() / HEADS_FILE
+    path = packaged_heads(init.weights) or Path(init.weights).expanduser() / HEADS_FILE
     if init.heads == "new" or not path.is_file():
         if init.heads == "run":
             raise WeightsError(
@@ -242,6 +244,7 @@ def _take_heads(model: StudentTeacher, init: InitSettings) -> tuple[bool, str]:
             )
         return False, "new heads"
     found = load_file(path)
+    _take_targets(model, found)
     own = {k: v for k, v in model.student.state_dict().items() if not k.startswith("backbone.")}
     problem = _misfit(found, own)
     if problem is None:
@@ -254,6 +257,20 @@ def _take_heads(model: StudentTeacher, init: InitSettings) -> tuple[bool, str]:
             "or leave --init.heads at auto to begin with new ones."
         )
     return False, f"new heads, because those in {path} do not fit ({problem})"
+
+
+def _take_targets(model: StudentTeacher, found: dict[str, Tensor]) -> None:
+    """Take the components of `loss.hog_weight` out of what lies beside heads; the model has them when they fit it.
+
+    Those found anew in other crops would be turned, and every token would have to follow.
+    """
+    mine = {k.removeprefix(TARGETS): found.pop(k).float() for k in list(found) if k.startswith(TARGETS)}
+    if model.hog is None or not mine:
+        return
+    own = model.hog.state_dict()
+    if own.keys() == mine.keys() and all(own[k].shape == v.shape for k, v in mine.items()):
+        model.hog.load_state_dict(mine)
+        model.hog.given = True
 
 
 def _misfit(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:

@@ -32,6 +32,7 @@ from opendino.pretrain.engine import Engine
 from opendino.pretrain.engines import make_engine
 from opendino.pretrain.flops import speed_figures
 from opendino.pretrain.guard import Answer, FeaturesError, Guard
+from opendino.pretrain.hog import TARGETS
 from opendino.pretrain.initialise import Start, backbone_rate
 from opendino.pretrain.interrupts import StopRequest, TrainingStopped
 from opendino.pretrain.loggers import Logger, open_loggers
@@ -438,6 +439,8 @@ class Trainer:
     def _write_weights(self) -> None:
         teacher = whole_teacher(self.model)
         heads = {k: whole(v) for k, v in self.model.teacher.state_dict().items() if k.split(".")[0] != "backbone"}
+        if self.model.hog is not None:
+            heads |= {TARGETS + k: v for k, v in self.model.hog.state_dict().items()}
         if self.folder:
             self.folder.write_weights(teacher, heads, self.step)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opendino.errors import WeightsError
 from opendino.models.files import read_weights
+from opendino.models.packaged import packaged_heads
 from opendino.models.vit import VisionTransformer
 from opendino.models.weights import load
 from opendino.pretrain.heads import BatchNorm, DINOHead
@@ -68,6 +69,8 @@ def find_heads(name: str, heads: str | Path | None = None) -> Path | None:
     if heads is not None:
         path = Path(heads).expanduser()
         return path / HEADS_FILE if path.is_dir() else path
+    if ours := packaged_heads(name):
+        return ours
     path = Path(name).expanduser()
     if path.is_dir():
         return path / HEADS_FILE if (path / HEADS_FILE).is_file() else None
