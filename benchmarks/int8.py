@@ -26,8 +26,8 @@ import torch
 
 import opendino
 from opendino.embed.embedder import Embedder
-from opendino.embed.runtimes.closeness import away
 from opendino.embed.runtimes.int8 import MOST_CALIBRATION, Int8ViT
+from opendino.embed.runtimes.measure import distances
 from opendino.embed.runtimes.prepared import PreparedViT
 from opendino.evaluate.knn import knn_predict
 
@@ -96,7 +96,7 @@ def agreement(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         found = knn_predict(vectors[0], classes, vectors[1], k=20)
         if answers is None or exact is None:
             answers, exact = found, vectors[1]
-        apart = away(vectors[1], exact)
+        apart = distances(vectors[1], exact)
         yield {
             "precision": precision, "train": len(train), "test": len(test),
             "same": 100 * float((found == answers).double().mean()),

@@ -9,7 +9,7 @@ import torch
 
 from opendino.embed.embedder import Embedder
 from opendino.embed.runtimes import int8 as runtimes
-from opendino.embed.runtimes.closeness import Closeness, closeness, nearest, vote
+from opendino.embed.runtimes.agreement import Agreement, agreement, nearest, vote
 from opendino.embed.runtimes.int8 import Int8Runtime, Int8ViT
 from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.embed.runtimes.rounding import round_for
@@ -186,7 +186,7 @@ MODELS = {
 def test_a_model_in_int8_is_close_to_fp32(shape):
     model = make_model(**MODELS[shape])
     images = [torch.randn(3, 3, 84, 56) for _ in range(2)]
-    close = closeness(Int8Runtime(model), TorchRuntime(model), images)
+    close = agreement(Int8Runtime(model), TorchRuntime(model), images)
     assert close.images == 6
     assert close.cls < 1e-3
     assert close.cls_mean < 3e-4
@@ -200,10 +200,10 @@ def test_a_model_with_large_channels_is_close_too(monkeypatch):
         model.blocks[0].mlp.fc1.weight[3] *= 60
         model.blocks[0].mlp.fc2.weight[:, 3] /= 20
     images = [torch.randn(4, 3, 84, 56)]
-    close = closeness(Int8Runtime(model), TorchRuntime(model), images)
+    close = agreement(Int8Runtime(model), TorchRuntime(model), images)
     assert close.patches < 1e-4
     monkeypatch.setattr(runtimes, "add_feed_forward", lambda *a, **k: add_feed_forward(*a, **k, most_noise=1.0))
-    assert closeness(Int8Runtime(model), TorchRuntime(model), images).patches > 3 * close.patches
+    assert agreement(Int8Runtime(model), TorchRuntime(model), images).patches > 3 * close.patches
 
 
 @needs_vnni
@@ -211,7 +211,7 @@ def test_without_bf16_products_the_rest_is_fp32(monkeypatch):
     monkeypatch.setattr(runtimes, "attention_supported", lambda library: False)
     model = make_model()
     runtime = Int8Runtime(model)
-    close = closeness(runtime, TorchRuntime(model), [torch.randn(4, 3, 84, 56)])
+    close = agreement(runtime, TorchRuntime(model), [torch.randn(4, 3, 84, 56)])
     assert runtime._prepare().precision == "fp32"
     assert close.cls < 1e-3
     assert close.patches < 2e-4
@@ -263,13 +263,13 @@ class Given:
         return {"cls": cls, "patches": torch.stack([cls, cls], 1)}
 
 
-def test_closeness_counts_neighbours_and_votes_as_knn_does():
+def test_agreement_counts_neighbours_and_votes_as_knn_does():
     torch.manual_seed(0)
     exact = torch.randn(60, 8)
     other = exact + 0.3 * torch.randn(60, 8)
     labels = torch.randint(0, 3, (60,))
     images = torch.arange(60).split(7)
-    close = closeness(Given(other), Given(exact), images, labels, k=5)
+    close = agreement(Given(other), Given(exact), images, labels, k=5)
     cosine = torch.nn.functional.cosine_similarity(other.double(), exact.double())
     assert close.cls == pytest.approx(float(1 - cosine.min()), abs=1e-6)
     assert close.cls_mean == close.patches == pytest.approx(float(1 - cosine.mean()), abs=1e-6)
@@ -284,19 +284,19 @@ def test_closeness_counts_neighbours_and_votes_as_knn_does():
     assert close.neighbours == pytest.approx(np.mean(shared))
     assert close.votes == pytest.approx(np.mean([a == b for a, b in answers]))
     assert "k-NN answers" in str(close)
-    same = closeness(Given(exact), Given(exact), images)
+    same = agreement(Given(exact), Given(exact), images)
     assert (same.cls, same.neighbours, same.votes) == (0, 1, None)
 
 
-def test_closeness_takes_few_images_and_refuses_one():
-    found = closeness(Given(torch.eye(3)), Given(torch.eye(3)), [torch.arange(3)])
+def test_agreement_takes_few_images_and_refuses_one():
+    found = agreement(Given(torch.eye(3)), Given(torch.eye(3)), [torch.arange(3)])
     assert found.neighbours == 1
     with pytest.raises(DataError, match="1 images; give at least 2"):
-        closeness(Given(torch.eye(3)), Given(torch.eye(3)), [torch.arange(1)])
+        agreement(Given(torch.eye(3)), Given(torch.eye(3)), [torch.arange(1)])
     with pytest.raises(DataError, match="2 labels for 3 images"):
-        closeness(Given(torch.eye(3)), Given(torch.eye(3)), [torch.arange(3)], [0, 1])
+        agreement(Given(torch.eye(3)), Given(torch.eye(3)), [torch.arange(3)], [0, 1])
     bad = torch.tensor([[1.0, 0], [float("nan"), 0]])
-    assert closeness(Given(bad), Given(torch.eye(2)), [torch.arange(2)]).cls == float("inf")
+    assert agreement(Given(bad), Given(torch.eye(2)), [torch.arange(2)]).cls == float("inf")
 
 
 def test_neighbours_and_votes_by_hand():
@@ -350,11 +350,11 @@ def test_calibration_brings_vectors_nearer_to_fp32(ffn):
     model = make_model(ffn=ffn).train()
     images = torch.nn.functional.interpolate(torch.randn(40, 3, 6, 6), size=(56, 56), mode="bicubic")
     runtime = Int8Runtime(model)
-    before = closeness(runtime, TorchRuntime(model), [images[32:]])
+    before = agreement(runtime, TorchRuntime(model), [images[32:]])
     assert runtime.identity() == {}
     runtime.calibrate(images)
     assert model.training
-    after = closeness(runtime, TorchRuntime(model), [images[32:]])
+    after = agreement(runtime, TorchRuntime(model), [images[32:]])
     assert after.patches < 0.95 * before.patches
     assert set(runtime.identity()) == {"calibration_sha256"}
     assert runtime.calibration.shape[0] == 32
@@ -377,9 +377,31 @@ def test_an_embedder_takes_calibration_images_and_says_what_it_cannot_use(tmp_pa
 
 def test_the_floor_refuses_each_of_its_three_figures():
     good = {"images": 1000, "cls": 1e-4, "cls_mean": 1e-5, "patches": 1e-5, "neighbours": 1.0, "votes": 0.996}
-    assert runtimes.too_far(Closeness(**good)) is None
-    assert "worst cls token is 4.0e-04" in runtimes.too_far(Closeness(**good | {"cls": 4e-4}))
-    assert "worst cls token" in runtimes.too_far(Closeness(**good | {"cls": float("nan")}))
-    assert "patches is 6.0e-05" in runtimes.too_far(Closeness(**good | {"patches": 6e-5}))
-    assert "99.40% of the k-NN answers" in runtimes.too_far(Closeness(**good | {"votes": 0.994}))
-    assert runtimes.too_far(Closeness(**good | {"votes": 0.994, "images": 999})) is None
+    assert runtimes.too_far(Agreement(**good)) is None
+    assert "worst cls token is 4.0e-04" in runtimes.too_far(Agreement(**good | {"cls": 4e-4}))
+    assert "worst cls token" in runtimes.too_far(Agreement(**good | {"cls": float("nan")}))
+    assert "patches is 6.0e-05" in runtimes.too_far(Agreement(**good | {"patches": 6e-5}))
+    assert "99.40% of the k-NN answers" in runtimes.too_far(Agreement(**good | {"votes": 0.994}))
+    assert runtimes.too_far(Agreement(**good | {"votes": 0.994, "images": 999})) is None
+
+
+@needs_vnni
+def test_adapters_are_refused_and_not_passed_over():
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = make_model()
+    model.blocks[1].mlp.fc1 = Adapted(*model.blocks[1].mlp.fc1.weight.shape[::-1])
+    with pytest.raises(ConfigError, match="layers of another kind"):
+        Embedder(model, precision="int8", size=56)
+    with pytest.raises(ConfigError, match="not this package's own"):
+        Embedder(model, runtime="torch-prepared", size=56)
+
+
+@needs_vnni
+def test_a_model_made_in_inference_mode_runs_in_int8_too():
+    with torch.inference_mode():
+        model = make_model()
+    picture = np.random.default_rng(0).integers(0, 256, (60, 70, 3), dtype=np.uint8)
+    assert np.isfinite(Embedder(model, precision="int8", size=56)([picture]).cls).all()

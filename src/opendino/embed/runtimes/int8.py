@@ -24,8 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from opendino.embed.runtimes.closeness import Closeness
-from opendino.embed.runtimes.prepared import PreparedBlock, PreparedViT, packs, scaled
+from opendino.embed.runtimes.agreement import Agreement
+from opendino.embed.runtimes.prepared import PreparedBlock, PreparedViT, packs, preparable, scaled
 from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.embed.runtimes.rounding import round_for
 from opendino.errors import ConfigError
@@ -37,7 +37,7 @@ from opendino.native.int8 import PackedLinear, add_feed_forward, int8_supported,
 
 MOST_CLS, MOST_PATCHES, LEAST_VOTES = 3e-4, 5e-5, 0.995
 """The floor: 1 − cosine to fp32 of the worst cls token and of the patches, mean; share of k-NN answers that stay, where
-there are labels and ENOUGH images to tell (`opendino.embed.runtimes.closeness`)."""
+there are labels and ENOUGH images to tell (`opendino.embed.runtimes.agreement`)."""
 ENOUGH = 1000
 PIECE_VALUES = 2**21
 """Of the residual stream in a piece of a batch. More than in bf16: hidden layers stay in the cache whatever its size,
@@ -81,15 +81,12 @@ class Int8Runtime(TorchRuntime):
     def _is_prepared(self) -> bool:
         return True
 
-    def _prepare(self) -> PreparedViT:
-        now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
-        if self._prepared is None or now != self._prepared_from:
-            self._prepared, self._prepared_from = Int8ViT(self.model, self.calibration), now
-        return self._prepared
+    def _make_prepared(self) -> PreparedViT:
+        return Int8ViT(self.model, self.calibration)
 
 
-def too_far(close: Closeness) -> str | None:
-    """Say why vectors are too far from fp32 for auto to choose int8, or None."""
+def too_far(close: Agreement) -> str | None:
+    """Say which floor of int8 the vectors miss, or None."""
     if not close.cls <= MOST_CLS:
         return f"1 − cosine of the worst cls token is {close.cls:.1e}, more than {MOST_CLS:.0e}"
     if not close.patches <= MOST_PATCHES:
@@ -106,6 +103,11 @@ def unsupported(model: VisionTransformer) -> str | None:
         return (
             f"precision is 'int8', which needs a model with fp32 weights on the CPU; this one is {dtype} on {device}. "
             "Give bf16 or fp16 there, or load the model in fp32 with device='cpu'."
+        )
+    if not preparable(model):
+        return (
+            "precision is 'int8', which is for backbones of this package as they are; this one has layers of another "
+            "kind, such as adapters. Merge them into the weights first, or use fp32."
         )
     if not int8_supported(kernels().library):
         reason = "this processor has no AVX-512 VNNI" if kernels().library else kernels().about.rstrip(".")

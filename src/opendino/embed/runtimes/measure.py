@@ -6,16 +6,14 @@ Shapes: B images, P patches, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 
-import numpy as np
-import numpy.typing as npt
+import torch.nn.functional as F
 from torch import Tensor
-
-Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,14 @@ def closeness(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> C
     return Closeness(float(cls.max()), float(distances(found["patches"], reference["patches"]).mean()))
 
 
-def distances(a: Tensor, b: Tensor) -> Array:
-    """Give 1 − cosine along the last axis, in float64; infinite where it is not finite.
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Give 1 − cosine along the last axis of (…, D), float64 on the CPU; infinite where it is not finite.
 
     It is half the squared distance of the unit vectors, which keeps its digits where the cosine is nearly 1.
     """
-    x, y = (t.detach().cpu().double().numpy() for t in (a, b))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        x, y = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, y))
-        out: Array = ((x - y) ** 2).sum(-1) / 2
-    return np.where(np.isfinite(out), out, np.inf)
+    x, y = (F.normalize(t.detach().cpu().double(), dim=-1, eps=0.0) for t in (a, b))
+    apart = (x - y).square().sum(-1) / 2
+    return apart.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def refusal(precision: str, close: Closeness) -> str | None:

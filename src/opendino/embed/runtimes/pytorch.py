@@ -125,8 +125,11 @@ class TorchRuntime:
         """Give the prepared copy of the weights, made again when they were changed."""
         now = self._prepared_from if self._model is None else _versions(self._model)
         if self._prepared is None or now != self._prepared_from:
-            self._prepared, self._prepared_from = PreparedViT(self.model, "bf16"), now
+            self._prepared, self._prepared_from = self._make_prepared(), now
         return self._prepared
+
+    def _make_prepared(self) -> PreparedViT:
+        return PreparedViT(self.model, "bf16")
 
     def weights_sha256(self) -> str:
         """Give the fingerprint of the weights as they are now."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opendino.embed.runtimes.base import Runtime
-from opendino.embed.runtimes.prepared import PreparedViT, packs
+from opendino.embed.runtimes.prepared import PreparedViT, packs, preparable
 from opendino.embed.runtimes.pytorch import TorchRuntime
 from opendino.errors import ConfigError
 from opendino.models.vit import VisionTransformer
@@ -70,6 +70,8 @@ class PreparedRuntime(TorchRuntime):
     def _missing(self) -> str:
         if self.device.type != "cpu" or self.model.cls_token.dtype is not torch.float32:
             return f"the model is {self.model.cls_token.dtype} on {self.device}, and it needs fp32 weights on the CPU"
+        if not preparable(self.model):
+            return "the model has layers that are not this package's own, such as adapters"
         if self.precision not in ("fp32", "bf16"):
             return f"precision is {self.precision!r}, and it computes in fp32 or bf16"
         dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
@@ -78,12 +80,8 @@ class PreparedRuntime(TorchRuntime):
     def _is_prepared(self) -> bool:
         return True
 
-    def _prepare(self) -> PreparedViT:
-        now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
-        if self._prepared is None or now != self._prepared_from:
-            self._prepared = PreparedViT(self.model, "fp32" if self.precision == "fp32" else "bf16")
-            self._prepared_from = now
-        return self._prepared
+    def _make_prepared(self) -> PreparedViT:
+        return PreparedViT(self.model, "fp32" if self.precision == "fp32" else "bf16")
 
     def identity(self) -> dict[str, Any]:
         """Give the runtime: its fp32 is rounded in another order than PyTorch's."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opendino.embed.runtimes.base import Runtime
+from opendino.embed.runtimes.measure import distances
 from opendino.errors import DataError
 
 K = 20
@@ -22,7 +23,7 @@ TEMPERATURE = 0.07
 
 
 @dataclass(frozen=True)
-class Closeness:
+class Agreement:
     """What differs between two runtimes.
 
     Attributes:
@@ -51,9 +52,9 @@ class Closeness:
 
 
 @torch.inference_mode()
-def closeness(
+def agreement(
     runtime: Runtime, reference: Runtime, images: Iterable[Tensor], labels: Any = None, *, k: int = K
-) -> Closeness:
+) -> Agreement:
     """Compare the vectors of two runtimes.
 
     Args:
@@ -71,11 +72,11 @@ def closeness(
         a, b = (r.vectors(batch, 1, ("cls", "patches")) for r in (runtime, reference))
         found.append(a["cls"].float().cpu())
         exact.append(b["cls"].float().cpu())
-        patches.append(away(a["patches"].cpu(), b["patches"].cpu()).flatten())
+        patches.append(distances(a["patches"], b["patches"]).flatten())
     if sum(map(len, found)) < 2:
         raise DataError(f"Vectors are compared on {sum(map(len, found))} images; give at least 2, better 1000.")
     one, two = torch.cat(found), torch.cat(exact)
-    cls = away(one, two)
+    cls = distances(one, two)
     near, far = nearest(one, k), nearest(two, k)
     same = [len(set(a) & set(b)) / len(a) for a, b in zip(near[1].tolist(), far[1].tolist(), strict=True)]
     votes = None
@@ -84,16 +85,9 @@ def closeness(
         if len(classes) != len(one):
             raise DataError(f"There are {len(classes)} labels for {len(one)} images; give one for each.")
         votes = float((vote(*near, classes) == vote(*far, classes)).double().mean())
-    return Closeness(
+    return Agreement(
         len(one), float(cls.max()), float(cls.mean()), float(torch.cat(patches).mean()), sum(same) / len(same), votes
     )
-
-
-def away(a: Tensor, b: Tensor) -> Tensor:
-    """Give 1 − cosine along the last axis, in float64."""
-    # Half the squared distance of the unit vectors keeps its digits where the cosine is nearly 1.
-    apart = (F.normalize(a.double(), dim=-1) - F.normalize(b.double(), dim=-1)).square().sum(-1) / 2
-    return apart.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def nearest(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
