@@ -36,7 +36,8 @@ from opendino.images.sources import open_source
 from opendino.models.registry import get_config
 from opendino.models.vit import VisionTransformer
 from opendino.models.weights import load
-from opendino.pretrain.config import PretrainConfig, parse_config, with_steps
+from opendino.pretrain.config import PretrainConfig, parse_config
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.student_teacher import backbone_config
 from real_sets.train import training_list
 

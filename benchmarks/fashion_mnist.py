@@ -35,7 +35,8 @@ import torch.nn.functional as F
 
 from fashion_mnist_lightly import VARIANTS, lightly_train_run
 from opendino.evaluate.knn import knn_accuracy
-from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
+from opendino.pretrain.config import PretrainConfig, load_recipe
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.trainer import Trainer
 from opendino.sample_data.fashion_mnist import FashionMnist, build_fashion_mnist, load_fashion_mnist
 

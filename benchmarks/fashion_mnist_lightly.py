@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from opendino.pretrain.config import PretrainConfig, with_steps
+from opendino.pretrain.config import PretrainConfig
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.schedules import scaled_lr
 
 VARIANTS = {

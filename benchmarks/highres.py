@@ -39,8 +39,9 @@ from opendino.evaluate.knn import knn_accuracy
 from opendino.evaluate.segmentation import PixelConfusion
 from opendino.images.sources import open_source
 from opendino.models.vit import VisionTransformer
-from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config, with_steps
+from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config
 from opendino.pretrain.interrupts import TrainingStopped
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.trainer import Trainer
 from real_sets.dense import fit_segmenter, segment
 from real_sets.train import Part, training_list

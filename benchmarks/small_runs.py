@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from opendino.cli.probing import knn_probe
-from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
+from opendino.pretrain.config import PretrainConfig, load_recipe
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.trainer import Trainer
 
 Change = dict[str, Any]

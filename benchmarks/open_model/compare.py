@@ -34,7 +34,8 @@ from opendino.errors import OpendinoError
 from opendino.models.registry import get_config
 from opendino.models.vit import VisionTransformer
 from opendino.models.weights import save_backbone
-from opendino.pretrain.config import PretrainConfig, load_recipe, with_steps
+from opendino.pretrain.config import PretrainConfig, load_recipe
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.student_teacher import backbone_config
 from opendino.pretrain.trainer import Trainer
 

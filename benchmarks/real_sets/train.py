@@ -25,8 +25,9 @@ from opendino.cli.demo import seconds_per_step
 from opendino.cli.pretrain import run
 from opendino.errors import OpendinoError
 from opendino.images.sources import open_source
-from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config, with_steps
+from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config
 from opendino.pretrain.interrupts import TrainingStopped
+from opendino.pretrain.lengths import with_steps
 
 RECIPE = "vitt14_mixture"
 NOTE_EVERY = 20.0  # seconds

@@ -152,7 +152,7 @@ def test_commands_of_the_pages_run(words, folder, monkeypatch, tmp_path):
     if "ray" in args:
         pytest.importorskip("ray")
     if args[0] == "demo":
-        pytest.skip("make demo takes minutes; tests/integration and CI's users run it")
+        pytest.skip("it takes minutes and fetches packages: run make demo")
     assert main(args) == 0
 
 

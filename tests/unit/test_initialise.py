@@ -16,8 +16,9 @@ from opendino.errors import ConfigError, WeightsError
 from opendino.models.config import ViTConfig
 from opendino.models.vit import VisionTransformer
 from opendino.models.weights import save_backbone
-from opendino.pretrain.config import InitSettings, PretrainConfig, with_steps
+from opendino.pretrain.config import InitSettings, PretrainConfig
 from opendino.pretrain.initialise import backbone_rate, fit_stem, layerwise_decay, with_start
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.trainer import Trainer
 
 SMALL = [

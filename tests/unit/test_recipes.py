@@ -4,7 +4,8 @@
 import pytest
 
 from opendino.errors import ConfigError
-from opendino.pretrain.config import list_recipes, load_recipe, parse_config, with_steps
+from opendino.pretrain.config import list_recipes, load_recipe, parse_config
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.stages import timeline
 
 EPOCH = 1250

@@ -13,7 +13,8 @@ import opendino
 from opendino.cli import main, profiling
 from opendino.cli.pretrain import describe, read_arguments
 from opendino.errors import ConfigError, DataError
-from opendino.pretrain.config import load_recipe, parse_config, with_steps
+from opendino.pretrain.config import load_recipe, parse_config
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.plan import DEVICES, plan_run
 from opendino.pretrain.rules_steps import loss_rose
 from opendino.pretrain.stages import stage_after, stage_before, stage_rows, timeline

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
@@ -24,8 +24,9 @@ from opendino.evaluate.retrieval import mean_average_precision, same_source_reca
 from opendino.images.decode import decode_image
 from opendino.images.sources import open_source
 from opendino.models.vit import VisionTransformer
-from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config, with_steps
+from opendino.pretrain.config import PretrainConfig, load_recipe, parse_config
 from opendino.pretrain.initialise import with_start
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.trainer import Trainer
 from opendino.sample_data.demo import DemoData, build_demo_data
 
@@ -137,7 +138,7 @@ def training_list(data: DemoData, out: Path) -> Path:
 
 def show(console: Console, table: dict[str, dict[str, float]]) -> None:
     """Print the score table."""
-    drawn = Table("percent", *SCORES.values())
+    drawn = Table(Column("percent", no_wrap=True, min_width=max(map(len, table))), *SCORES.values())
     for row, scores in table.items():
         drawn.add_row(row, *(f"{scores[s]:.1f}" if s in scores else "–" for s in SCORES))
     console.print(drawn)

@@ -12,9 +12,10 @@ from pydantic import Field
 from opendino.cli.launching import start_processes
 from opendino.cli.pretrain import run, value_of, with_long_init
 from opendino.errors import ConfigError
-from opendino.pretrain.config import PretrainConfig, with_steps
+from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.distill.config import TIMM, DistillConfig
 from opendino.pretrain.distill.defaults import distill_defaults
+from opendino.pretrain.lengths import with_steps
 
 EXAMPLE = """Train a small student against a frozen teacher, without labels.
 

@@ -64,7 +64,8 @@ class Args:
 
 def main(argv: list[str]) -> int:
     """Print the plan."""
-    from opendino.pretrain.config import load_recipe, with_steps
+    from opendino.pretrain.config import load_recipe
+    from opendino.pretrain.lengths import with_steps
     from opendino.pretrain.plan import plan_run
 
     args = tyro.cli(Args, args=argv, prog="opendino plan", description=EXAMPLE)

@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from opendino.cli.launching import start_processes
 from opendino.errors import ConfigError, DataError, MissingExtraError
-from opendino.pretrain.config import PretrainConfig, StageSettings, load_recipe, with_steps
+from opendino.pretrain.config import PretrainConfig, StageSettings, load_recipe
 from opendino.pretrain.initialise import fitted, with_start
+from opendino.pretrain.lengths import with_steps
 
 log = logging.getLogger("opendino")
 EXAMPLE = """Train a backbone on your images without labels.

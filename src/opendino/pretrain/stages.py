@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from opendino.errors import ConfigError, DataError
 from opendino.images.sources import ImageSource, open_source
-from opendino.pretrain.config import PretrainConfig, overridden, with_steps
+from opendino.pretrain.config import PretrainConfig, overridden
+from opendino.pretrain.lengths import with_steps
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from opendino.errors import ConfigError
 from opendino.models.registry import MODELS
 from opendino.models.weights import load
 from opendino.pretrain.checkpoint import list_checkpoints, step_of
-from opendino.pretrain.config import PretrainConfig, with_steps
+from opendino.pretrain.config import PretrainConfig
 from opendino.pretrain.distill.config import WARM_FOLDER, DistillConfig, WarmHeadsConfig
 from opendino.pretrain.distill.matching import check_grids
 from opendino.pretrain.distill.students import student_backbone
 from opendino.pretrain.distill.teacher import HEADS_FILE, fingerprint_of
 from opendino.pretrain.engine import Engine
+from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.student_teacher import StudentTeacher, make_heads
 
 log = logging.getLogger("opendino")
