@@ -115,6 +115,7 @@ def test_it_measures_what_is_there_and_says_why_not(model, tmp_path, capsys):
     assert "onnx bf16: " in text
 
 
+@pytest.mark.slow
 def test_a_dead_process_is_a_reason_and_the_others_go_on(model):
     pairs = (("torch", "fp32"), ("torch", "bf16"))
     run = Bench(Plan(model, None, pairs, batches=(1, 2), seconds=0.02, rounds=2, threads=1))

@@ -115,8 +115,9 @@ print(peak, before + memory_by_part(config, half=sys.argv[1] == "bf16", cpu=True
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_peak_memory_of_a_cpu_step_is_within_15_percent(precision):
     done = subprocess.run([sys.executable, "-c", MEASURE, precision], capture_output=True, text=True, check=True)
     measured, planned = map(float, done.stdout.split())
