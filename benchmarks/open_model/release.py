@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,14 +18,14 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import opendino
-from opendino.errors import OpendinoError
+from open_model.train import NAME, released_stages
+from opendino.errors import DataError, OpendinoError
 from opendino.models.packaged import packaged_heads, packaged_weights
 from opendino.models.vit import VisionTransformer
 from opendino.models.weights import own_metadata
 from opendino.pretrain.config import parse_config
 from opendino.pretrain.initialise import HEADS_FILE
 
-NAME = "vitt14_open"
 MARGIN = 8 / 7
 """Short side before the centre crop, of its side: 256 to 224 as published."""
 CHECKED = 64
@@ -41,7 +42,7 @@ def main() -> None:
     model = opendino.load(str(run), device="cpu")
     spec = model.preprocess.model_copy(update={"crop": args.size, "resize": round(args.size * MARGIN)})
     config = model.config.model_copy(update={"arch": NAME})
-    history = json.dumps([stage_facts(args.runs / f"stage{i}") for i in range(1, args.stage + 1)])
+    history = json.dumps(stages_until(args.stage, args.runs))
     released = VisionTransformer(config, spec)
     released.load_state_dict(model.state_dict())
     metadata = own_metadata(released) | {"opendino.training": history, "license": "Apache-2.0"}
@@ -52,6 +53,22 @@ def main() -> None:
     with torch.inference_mode():
         near = torch.cosine_similarity(model.eval()(images), opendino.load(NAME)(images)).min()
     print(f"{NAME}: {history}; cls tokens of {CHECKED} images of noise at least {near:.6f} like those in fp32")
+
+
+def stages_until(last: int, runs: Path) -> list[dict[str, Any]]:
+    """Give the facts of all stages; of those whose run folders are elsewhere, what the released file says.
+
+    Raises:
+        DataError: when neither knows a stage.
+    """
+    before = {stage["recipe"]: stage for stage in released_stages()}
+    found = []
+    for number in range(1, last + 1):
+        run, recipe = runs / f"stage{number}", f"{NAME}_{number}"
+        if not run.is_dir() and recipe not in before:
+            raise DataError(f"{run} is not there, and the released {NAME} does not know {recipe}. Give its --runs.")
+        found.append(stage_facts(run) if run.is_dir() else before[recipe])
+    return found
 
 
 def stage_facts(run: Path) -> dict[str, float | int | str]:

@@ -4,22 +4,28 @@
     python benchmarks/open_model/build.py --out SETS
     nice python benchmarks/open_model/train.py --sets SETS --out RUNS --stage 1
 
-Each stage is a run folder RUNS/stage1, RUNS/stage2 … that is trained by the recipe vitt14_open_1, … Each set has its
-share of the images of an epoch, whatever its size: images of a small set are named several times in the list.
+Each stage is a run folder RUNS/stage1, RUNS/stage2 … that is trained by the recipe vitt14_open_1, … and starts from the
+one before; where that folder is not there, from the released `vitt14_open` if it ended with that stage. Each set has
+its share of the images of an epoch, whatever its size: images of a small set are named several times in the list.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from open_model.deepen import deepened_run
 from opendino.cli.pretrain import run
-from opendino.errors import OpendinoError
+from opendino.errors import DataError, OpendinoError
 from opendino.images.sources import open_source
+from opendino.models.packaged import packaged_weights
 from opendino.models.registry import get_config
 from opendino.pretrain.config import PretrainConfig, load_recipe
 from opendino.pretrain.initialise import HEADS_FILE, with_start
@@ -32,6 +38,7 @@ SHARES = {
 }  # fmt: skip
 """Images of a set in an epoch, as a part of Fashion-MNIST's 60 000; sets that are not there yet are left out."""
 EPOCH = 60_000
+NAME = "vitt14_open"
 
 
 def main() -> None:
@@ -54,10 +61,23 @@ def main() -> None:
 
 def started_from(config: PretrainConfig, before: Path, start: Path) -> PretrainConfig:
     """Give the settings of a stage that starts from the teacher and heads of the one before, made as deep as it is."""
-    depth = get_config(config.model.arch, **backbone_config(config)).depth
-    if not (start / HEADS_FILE).exists():
-        deepened_run(before, start, depth)
-    return config.model_copy(update={"init": config.init.model_copy(update={"weights": str(start)})})
+    weights = str(start)
+    if not before.is_dir() and not start.is_dir():
+        last = released_stages()[-1]["recipe"]
+        if last != f"vitt14_open_{before.name.removeprefix('stage')}":
+            raise DataError(f"{before} is not there, and the released {NAME} ends with {last}. Train the stage before.")
+        weights = NAME
+    elif not (start / HEADS_FILE).exists():
+        deepened_run(before, start, get_config(config.model.arch, **backbone_config(config)).depth)
+    return config.model_copy(update={"init": config.init.model_copy(update={"weights": weights})})
+
+
+def released_stages() -> list[dict[str, Any]]:
+    """Give what the released file says of the stages that it was trained in."""
+    path = packaged_weights(NAME)
+    assert path is not None
+    with safe_open(path, "pt") as file:
+        return list(json.loads(file.metadata()["opendino.training"]))
 
 
 def training_list(sets: Path, out: Path) -> Path:

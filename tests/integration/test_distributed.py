@@ -47,6 +47,15 @@ def test_two_processes_give_the_losses_of_one(mode, centering, images, one, tmp_
             assert first[0] == pytest.approx(first[1], rel=1e-4), key
 
 
+@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
+def test_two_processes_describe_crops_as_one_does_although_no_loss_looks_at_the_heads(mode, images, tmp_path):
+    flags = ["--loss.dino-weight", "0", "--loss.ibot-weight", "0", "--loss.koleo-weight", "0"]
+    flags += ["--loss.hog-weight", "1", "--loss.hog-patches", "all"]
+    for name, more in (("one", ()), ("two", MODES[mode])):
+        opendino(*pretrain(images, tmp_path / name, 6, *flags), *more)
+    assert largest_difference(tmp_path / "two", tmp_path / "one") < 1e-5
+
+
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (2, 4), (1, 2), (4, 2)])
 def test_a_checkpoint_continues_on_another_number_of_processes(first, second, images, one, tmp_path):
     run = tmp_path / "run"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Histograms of gradients and colours against a loop over pixels, components against numpy, and a run with them."""
 
+import copy
 import math
 
 import numpy as np
@@ -11,12 +12,12 @@ from safetensors.torch import load_file
 
 from opendino.errors import ConfigError
 from opendino.images.sources import open_source
-from opendino.pretrain.config import InitSettings, PretrainConfig, load_recipe, parse_config
+from opendino.pretrain.config import InitSettings, MaskSettings, PretrainConfig, load_recipe, parse_config
 from opendino.pretrain.engine import Engine
 from opendino.pretrain.hog import Components, HogTargets, crop_descriptors, patch_descriptors
 from opendino.pretrain.initialise import with_start
 from opendino.pretrain.stages import timeline
-from opendino.pretrain.student_teacher import StudentTeacher
+from opendino.pretrain.student_teacher import Crops, StudentTeacher
 from opendino.pretrain.trainer import Trainer
 
 
@@ -56,18 +57,30 @@ def unit(x):
     return x / np.linalg.norm(x)
 
 
-@pytest.mark.parametrize("side", [28, 56])
+def slow_blocks(image, side):
+    cells = slow_cells(image, side)
+    blocks = []
+    for i in range(side - 1):
+        for j in range(side - 1):
+            block = np.concatenate([cells[i + a, j + b] for a in (0, 1) for b in (0, 1)])
+            blocks.append(bounded(np.minimum(bounded(block), 0.2)))
+    return np.concatenate(blocks)
+
+
+@pytest.mark.parametrize("side", [32, 56])
 def test_crop_descriptors_equal_a_loop(side):
     images = pictures(side=side)
     for image, found in zip(images.double().numpy(), crop_descriptors(images).numpy()):
-        cells = slow_cells(image, 8)
-        blocks = []
-        for i in range(7):
-            for j in range(7):
-                block = np.concatenate([cells[i + a, j + b] for a in (0, 1) for b in (0, 1)])
-                blocks.append(bounded(np.minimum(bounded(block), 0.2)))
-        colours = np.sqrt(slow_colours(image, 2)).ravel()
-        wanted = unit(np.concatenate([unit(np.concatenate(blocks)), unit(colours)]))
+        small = np.zeros((3, 16, 16))
+        for i in range(16):  # a pixel of the small crop is the mean of all pixels that it touches
+            for j in range(16):
+                rows = slice(i * side // 16, -(-(i + 1) * side // 16))
+                columns = slice(j * side // 16, -(-(j + 1) * side // 16))
+                small[:, i, j] = image[:, rows, columns].mean((1, 2))
+        small = unit(small.ravel() - small.mean())
+        colours = np.sqrt(slow_colours(image, 4)).ravel()
+        gradients = [unit(slow_blocks(image, 8)), unit(slow_blocks(image, 4))]
+        wanted = unit(np.concatenate([*gradients, unit(colours), 0.7 * small]))
         np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
@@ -214,3 +227,45 @@ def test_stages_have_the_targets_all_or_none(folder):
 def test_a_distillation_refuses_them():
     with pytest.raises(ConfigError, match="set loss.hog_weight to 0"):
         parse_config("{teacher: vits14, loss: {hog_weight: 1.0}}", "test")
+
+
+def test_all_patches_are_described_while_ibot_looks_at_the_masked_ones():
+    config = settings(weight=2.0)
+    model = StudentTeacher(config)
+    every = copy.deepcopy(model)
+    every.settings = config.loss.model_copy(update={"hog_patches": "all"})
+    for one in (model, every):
+        one.hog.fit(pictures(40))
+    masks = torch.zeros(8, 4, dtype=torch.bool)
+    masks[1, 2] = masks[6, 0] = True
+    crops = Crops(pictures(8) * 2 - 1, None, masks)
+    [targets] = model.targets([crops], 0.07)
+    _, few = model.loss(crops, targets)
+    total, parts = every.loss(crops, targets)
+    for name in ("dino", "ibot", "koleo", "hog_cls"):
+        torch.testing.assert_close(parts[name], few[name])
+    tokens = model.student["backbone"].forward_features(crops.global_crops, masks)["x_norm_patchtokens"].flatten(0, 1)
+    wanted = model.hog.patch_components(patch_descriptors(crops.global_crops * 0.5 + 0.5, 14)).flatten(0, 1)
+    distance = (1 - torch.cosine_similarity(tokens, wanted)).mean().detach()
+    torch.testing.assert_close(parts["hog_patch"], distance, atol=1e-5, rtol=0)
+    assert parts["hog_patch"] != few["hog_patch"]
+    others = parts["dino"] + parts["ibot"] + 0.1 * parts["koleo"]
+    torch.testing.assert_close(total.detach(), others + 2 * (parts["hog_cls"] + distance), atol=1e-4, rtol=0)
+
+
+def test_without_dino_and_ibot_heads_stay_as_they_are_and_the_teacher_follows(folder):
+    losses = {"dino_weight": 0.0, "ibot_weight": 0.0, "koleo_weight": 0.0, "hog_weight": 1.0, "hog_patches": "all"}
+    config = settings(data=str(folder / "images"), out=str(folder / "run"), probe_every=100)
+    config = config.model_copy(update={"loss": config.loss.model_copy(update=losses), "masks": MaskSettings(share=0.0)})
+    records = []
+    trainer = Trainer(config, on_step=records.append)
+    begun = {k: v.clone() for k, v in trainer.engine.model.student.state_dict().items()}
+    trainer.train()
+    heads = load_file(folder / "run" / "heads.safetensors")
+    for name in (k for k in begun if "_head." in k):
+        assert torch.equal(heads[name], begun[name]), name
+    name = "blocks.0.mlp.fc1.weight"
+    assert not torch.equal(trainer.teacher.state_dict()[name], begun[f"backbone.{name}"])
+    assert records[-1]["loss"] == pytest.approx(records[-1]["hog_cls"] + records[-1]["hog_patch"], rel=1e-5)
+    assert "dino" not in records[-1]
+    assert records[0]["feature_rank"] > 0  # of the student's tokens

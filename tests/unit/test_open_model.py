@@ -13,10 +13,11 @@ from PIL import Image
 import opendino
 from opendino.cli import main
 from opendino.embed.embedder import Embedder
-from opendino.errors import ConfigError
+from opendino.errors import ConfigError, DataError
 from opendino.models.packaged import packaged_heads, packaged_weights
 from opendino.models.registry import get_config
 from opendino.models.vit import VisionTransformer
+from opendino.models.weights import save_backbone
 from opendino.pretrain.config import load_recipe
 from opendino.pretrain.distill.teacher import FrozenTeacher
 from opendino.pretrain.initialise import with_start
@@ -25,6 +26,8 @@ from opendino.pretrain.trainer import Trainer
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
 from open_model.deepen import deepen  # noqa: E402
+from open_model.release import stages_until  # noqa: E402
+from open_model.train import released_stages, started_from  # noqa: E402
 
 sys.path.remove(BENCHMARKS)
 
@@ -51,6 +54,30 @@ def test_a_deeper_backbone_computes_the_same_until_it_is_trained():
 def test_other_depths_and_backbones_without_layer_scale_are_refused(depth, init_values):
     with pytest.raises(ConfigError, match="become a multiple"):
         deepen(small(init_values=init_values), depth)
+
+
+def test_a_stage_starts_from_the_one_before_or_from_the_released_file_that_ended_with_it(tmp_path):
+    last = len(released_stages())
+    config = load_recipe(f"vitt14_open_{last}")
+    assert released_stages()[-1]["recipe"] == config.recipe
+    begun = started_from(config, tmp_path / f"stage{last}", tmp_path / "start")
+    assert begun.init.weights == "vitt14_open"
+    with pytest.raises(DataError, match=f"the released vitt14_open ends with vitt14_open_{last}"):
+        started_from(config, tmp_path / "stage1", tmp_path / "start")
+    run = tmp_path / "stage1"
+    (run / "weights").mkdir(parents=True)
+    save_backbone(small(depth=4), run / "weights" / "teacher.safetensors")
+    (run / "heads.safetensors").write_bytes(packaged_heads("vitt14_open").read_bytes())
+    begun = started_from(config, run, tmp_path / "start")
+    assert begun.init.weights == str(tmp_path / "start")
+    assert opendino.load(begun.init.weights).config.depth == 12
+
+
+def test_a_release_knows_the_stages_of_the_one_before(tmp_path):
+    known = released_stages()
+    assert stages_until(len(known), tmp_path) == known
+    with pytest.raises(DataError, match=f"does not know vitt14_open_{len(known) + 1}"):
+        stages_until(len(known) + 1, tmp_path)
 
 
 @pytest.fixture(autouse=True)

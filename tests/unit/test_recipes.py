@@ -29,6 +29,8 @@ def test_all_recipes_are_there():
         "vitt14_mixture",
         "vitt14_open_1",
         "vitt14_open_2",
+        "vitt14_open_3",
+        "vitt14_open_4",
         "vitt7_fashion",
     ]
 

@@ -102,6 +102,7 @@ class LossSettings(Settings):
     hog_weight: float = Field(
         0.0, ge=0, description="of predicting gradients and colours (opendino.pretrain.hog); not part of DINOv2"
     )
+    hog_patches: Literal["masked", "all"] = Field("masked", description="whose gradients and colours are predicted")
     centering: Literal["sinkhorn", "moving"] = "sinkhorn"
     student_temp: float = Field(0.1, gt=0)
     teacher_temp: float = Field(0.07, gt=0)

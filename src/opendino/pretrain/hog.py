@@ -2,9 +2,10 @@
 """Histograms of gradients and colours as further targets of the student, for runs of few images.
 
 MaskFeat (Wei et al. 2022) has masked patches predict histograms of oriented gradients. Here a cls token also predicts
-those of its whole crop, and colours go with gradients. Principal components of the descriptors, as many as the backbone
-is wide and half whitened, are compared with the tokens themselves by cosine, without a head: near tokens then mean near
-descriptors from the first steps on. None of it is part of DINOv2; `loss.hog_weight` is 0 unless a recipe says so.
+those of its whole crop, at two scales and with the crop at 16×16 pixels, and colours go with gradients. Principal
+components of the descriptors, as many as the backbone is wide and half whitened, are compared with the tokens
+themselves by cosine, without a head: near tokens then mean near descriptors from the first steps on. None of it is part
+of DINOv2; `loss.hog_weight` is 0 unless a recipe says so.
 
 Shapes: B crops, C channels, P = g·g patches, D width, F numbers of a descriptor.
 """
@@ -21,8 +22,13 @@ from torch import Tensor, nn
 
 DIRECTIONS, LEVELS = 9, 4
 """Unsigned directions of 20 degrees each; levels per colour channel."""
-CELLS, QUARTERS, CLIP, EPS = 8, 2, 0.2, 1e-5
-"""Cells and colour fields a side of a crop; bounds of Dalal and Triggs' block normalisation (2005)."""
+CELLS, FIELDS = (8, 4), 4
+"""Cells a side of a crop at either scale, and its colour fields a side."""
+CLIP, EPS = 0.2, 1e-5
+"""Bounds of Dalal and Triggs' block normalisation (2005)."""
+THUMB, THUMB_WEIGHT = 16, 0.7
+"""Side of the small crop, pixels, and its weight beside gradients and colours."""
+CROP_FEATURES = sum((c - 1) ** 2 for c in CELLS) * 4 * DIRECTIONS + FIELDS**2 * LEVELS**3 + 3 * THUMB**2
 SUBCELLS = 2
 """Cells a side of a patch."""
 TARGETS = "hog."
@@ -32,21 +38,29 @@ WHITENING = 0.5
 
 
 def crop_descriptors(rgb: Tensor) -> Tensor:
-    """Describe whole crops: blocks of 2×2 cells of gradients, and colours of each quarter, of equal weight.
+    """Describe whole crops: gradients in 8×8 and in 4×4 cells, colours of 4×4 fields, the crop at 16×16 pixels.
+
+    Gradients are normalised over blocks of 2×2 cells; the small crop has its mean taken off and weighs 0.7.
 
     Args:
         rgb: (B, 3, H, W), 0 to 1.
 
     Returns:
-        (B, 7·7·36 + 4·64) of length one, fp32.
+        (B, 7·7·36 + 3·3·36 + 16·64 + 3·16·16) of length one, fp32.
     """
-    cells = _directions(rgb, CELLS).unflatten(1, (CELLS, CELLS))  # (B, 8, 8, 9)
-    side = CELLS - 1
-    corners = [cells[:, i : i + side, j : j + side] for i in (0, 1) for j in (0, 1)]
-    blocks = torch.cat(corners, -1).flatten(1, 2)
-    blocks = _bounded_length(_bounded_length(blocks).clamp(max=CLIP)).flatten(1)
-    colours = _colours(rgb, QUARTERS).sqrt().flatten(1)
-    return F.normalize(torch.cat([F.normalize(blocks, dim=1), F.normalize(colours, dim=1)], 1), dim=1)
+    colours = _colours(rgb, FIELDS).sqrt().flatten(1)
+    small = F.adaptive_avg_pool2d(rgb, THUMB).flatten(1)
+    parts = [_blocks(rgb, cells) for cells in CELLS] + [colours, small - small.mean(1, keepdim=True)]
+    weights = [1.0] * (len(parts) - 1) + [THUMB_WEIGHT]
+    return F.normalize(torch.cat([F.normalize(p, dim=1) * w for p, w in zip(parts, weights, strict=True)], 1), dim=1)
+
+
+def _blocks(rgb: Tensor, cells: int) -> Tensor:
+    """Give gradients of blocks of 2×2 cells: (B, (cells − 1)² · 36)."""
+    found = _directions(rgb, cells).unflatten(1, (cells, cells))
+    side = cells - 1
+    blocks = torch.cat([found[:, i : i + side, j : j + side] for i in (0, 1) for j in (0, 1)], -1)
+    return _bounded_length(_bounded_length(blocks).clamp(max=CLIP)).flatten(1)
 
 
 def patch_descriptors(rgb: Tensor, patch_size: int) -> Tensor:
@@ -90,8 +104,12 @@ class Components(nn.Module):
         """Find them in descriptors (n, F)."""
         mean = rows.double().mean(0)
         centred = rows.double() - mean
-        values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
-        number = min(self.basis.shape)
+        if len(rows) < len(mean):
+            lengths, across = torch.linalg.svd(centred, full_matrices=False)[1:]
+            values, vectors = lengths.flip(0).square() / len(rows), across.T.flip(1)
+        else:
+            values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
+        number = min(len(values), self.basis.shape[1])
         scale = values[-number:].clamp_min(values[-1] * 1e-6).sqrt()
         # Largest first; eigenvectors have no sign of their own, so their largest entry is made positive.
         vectors = vectors[:, -number:].flip(1)
@@ -124,8 +142,7 @@ class HogTargets(nn.Module):
     def __init__(self, width: int, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.patch_size = patch_size
-        blocks = (CELLS - 1) ** 2 * 4 * DIRECTIONS
-        self.crop_components = Components(blocks + QUARTERS**2 * LEVELS**3, width)
+        self.crop_components = Components(CROP_FEATURES, width)
         self.patch_components = Components(2 * (SUBCELLS**2 * DIRECTIONS + LEVELS**3), width)
         self.register_buffer("colour_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("colour_std", torch.tensor(std).view(-1, 1, 1), persistent=False)

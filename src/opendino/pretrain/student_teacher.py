@@ -81,24 +81,25 @@ class Targets:
     """What the teacher says about one micro-batch.
 
     Attributes:
-        cls_rows: of the 2B global crops.
-        patch_rows: of the M masked (or scored) patches, in the order of `masks.flatten().nonzero()`.
-        features: (2B, D) teacher cls tokens, for the health figures.
+        cls_rows: of the 2B global crops; None when neither DINO nor iBOT has a weight.
+        patch_rows: of the M masked (or scored) patches, in the order of `masks.flatten().nonzero()`; None likewise.
+        features: (2B, D) teacher cls tokens, for the health figures; the student's, once `loss` has seen them, where
+            the teacher is not asked.
     """
 
-    cls_rows: TargetRows
-    patch_rows: TargetRows
+    cls_rows: TargetRows | None
+    patch_rows: TargetRows | None
     features: Tensor
 
     @property
-    def cls(self) -> Tensor:
+    def cls(self) -> Tensor | None:
         """Prototype probabilities of the global crops, (2B, K) fp32, computed at each call."""
-        return self.cls_rows.probabilities()
+        return None if self.cls_rows is None else self.cls_rows.probabilities()
 
     @property
-    def patches(self) -> Tensor:
+    def patches(self) -> Tensor | None:
         """Prototype probabilities of the masked patches, (M, K) fp32, computed at each call."""
-        return self.patch_rows.probabilities()
+        return None if self.patch_rows is None else self.patch_rows.probabilities()
 
 
 class StudentTeacher(nn.Module):
@@ -108,6 +109,9 @@ class StudentTeacher(nn.Module):
         super().__init__()
         self.settings: LossSettings = config.loss
         self.student = self.make_student(config)
+        if not self.asks_teacher:  # heads that no loss looks at stay as they are
+            for part in self.student.values():
+                part.requires_grad_(not isinstance(part, DINOHead))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for block in self.teacher["backbone"].blocks:  # type: ignore[union-attr]
             block.drop_path_rate = 0.0
@@ -125,6 +129,11 @@ class StudentTeacher(nn.Module):
         """Network whose heads make the targets."""
         return self.teacher
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a loss compares with the teacher; without DINO and iBOT it only follows the student."""
+        return bool(self.settings.dino_weight or self.settings.ibot_weight)
+
     def forward(
         self, crops: Crops, targets: Targets, depth: DepthPlan | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,9 +145,16 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def targets(self, micro_batches: list[Crops], teacher_temp: float) -> list[Targets]:
         """Give the teacher's targets, centred over the batch of all processes however it is cut into micro-batches."""
+        if not self.asks_teacher:
+            return [self._no_targets(crops) for crops in micro_batches]
         tokens = [self._teacher_tokens(crops) for crops in micro_batches]
         cls_rows, patch_rows = self._target_rows([t[0] for t in tokens], [t[1] for t in tokens], teacher_temp)
         return [Targets(c, p, t[0].float()) for c, p, t in zip(cls_rows, patch_rows, tokens, strict=True)]
+
+    def _no_targets(self, crops: Crops) -> Targets:
+        width = self.student["backbone"].embed_dim
+        assert isinstance(width, int)
+        return Targets(None, None, crops.global_crops.new_zeros(len(crops.global_crops), width))
 
     def _teacher_tokens(self, crops: Crops) -> tuple[Tensor, Tensor]:
         """cls tokens (2B, D) and masked patches (M, D) of the unmasked global crops."""
@@ -183,29 +199,39 @@ class StudentTeacher(nn.Module):
             depth: the stochastic-depth draws of these images (`opendino.pretrain.depth.DepthDraws`).
         """
         groups = [crops.global_crops] + ([] if crops.local_crops is None else [crops.local_crops])
-        masks, scored = ([x, None][: len(groups)] for x in (crops.masks, crops.looked_at))
-        student = self.student["backbone"].forward_selected(groups, masks, scored, depth)  # type: ignore[operator]
+        described = crops.looked_at
+        if self.hog is not None and self.settings.hog_patches == "all":
+            described = torch.ones_like(described)
+        masks, wanted = ([x, None][: len(groups)] for x in (crops.masks, described))
+        student = self.student["backbone"].forward_selected(groups, masks, wanted, depth)  # type: ignore[operator]
         cls, patches = student[0]
         self.notice_student(cls, targets)
-        total, parts = self._cross_entropies([tokens for tokens, _ in student], patches, crops, targets)
-        parts["dino"] = parts["dino_global"] + parts["dino_local"]
+        total, parts = cls.new_zeros((), dtype=torch.float32), dict[str, Tensor]()
+        if self.asks_teacher:
+            masked = patches[crops.looked_at[described]]
+            total, parts = self._cross_entropies([tokens for tokens, _ in student], masked, crops, targets)
+            parts["dino"] = parts["dino_global"] + parts["dino_local"]
         if self.settings.koleo_weight:
             koleo = torch.stack([koleo_loss(group) for group in cls.chunk(2)]).sum()
             total = total + self.settings.koleo_weight * koleo
             parts["koleo"] = koleo.detach()
         if self.hog is not None:
-            hog, more = self.hog.loss(cls, patches, crops.global_crops, crops.looked_at)
+            hog, more = self.hog.loss(cls, patches, crops.global_crops, described)
             total, parts = total + self.settings.hog_weight * hog, parts | more
         return total, parts
 
     def notice_student(self, cls: Tensor, targets: Targets) -> None:
         """See the student's cls tokens of the global crops, (2B, D)."""
+        if not self.asks_teacher:
+            targets.features.copy_(cls.detach())
 
     def _cross_entropies(
         self, cls: list[Tensor], patches: Tensor, crops: Crops, targets: Targets
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """DINO and iBOT from the cls tokens of global (and local) crops and the masked patches."""
         s = self.settings
+        assert targets.cls_rows is not None
+        assert targets.patch_rows is not None
         dino = dino_rows(targets.cls_rows, len(cls[0]), [len(c) for c in cls[1:]], s.dino_weight)
         own = torch.arange(len(patches), device=patches.device).unsqueeze(1)
         weights = mask_weights(crops.looked_at) / len(crops.masks)
