@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short trainings of the open model's first stage by opendino and lightly-train, on the same images, scored alike.
+"""Short trainings of the open model's backbone by opendino and lightly-train, on the same images, scored alike.
 
     python benchmarks/open_model/compare.py train --peer opendino --sets SETS --out OUT --steps 1500
     python benchmarks/open_model/compare.py train --peer lightly-train --sets SETS --out OUT --steps 1500
     python benchmarks/open_model/compare.py table --real-sets REAL --out OUT
 
-lightly-train needs an environment of its own (benchmarks/requirements-lightly-train.txt).
-
+lightly-train needs an environment of its own (benchmarks/requirements-lightly-train.txt). The recipe is that of the
+second stage from a random start, twelve blocks and two crops of 56 px, with gradients and colours of every patch.
 
 Same backbone, crops, colours, batch and list of images; each side has the learning rate that its recipe or its
 defaults have. `--seconds` ends a training after so long, its schedules being those of --steps: a run of equal steps
@@ -34,22 +34,21 @@ from opendino.errors import OpendinoError
 from opendino.models.registry import get_config
 from opendino.models.vit import VisionTransformer
 from opendino.models.weights import save_backbone
-from opendino.pretrain.config import PretrainConfig, load_recipe
+from opendino.pretrain.config import InitSettings, PretrainConfig, load_recipe
 from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.student_teacher import backbone_config
 from opendino.pretrain.trainer import Trainer
 
-RECIPE = "vitt14_open_1"
+RECIPE = "vitt14_open_2"
 PEERS = ("opendino", "opendino-dinov2", *VARIANTS)
 """opendino-dinov2 is the recipe without its targets of gradients and colours."""
 
 
 def recipe(peer: str, steps: int, seed: int) -> PretrainConfig:
     """Give the settings of a run."""
-    config = with_steps(load_recipe(RECIPE), steps).model_copy(update={"seed": seed})
-    if peer == "opendino":
-        return config
-    return config.model_copy(update={"loss": config.loss.model_copy(update={"hog_weight": 0.0})})
+    config = with_steps(load_recipe(RECIPE), steps).model_copy(update={"seed": seed, "init": InitSettings()})
+    targets = {"hog_patches": "all"} if peer == "opendino" else {"hog_weight": 0.0}
+    return config.model_copy(update={"loss": config.loss.model_copy(update=targets)})
 
 
 def name_of(args: argparse.Namespace) -> str:

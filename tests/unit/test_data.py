@@ -86,6 +86,21 @@ def test_resume_and_cache_change_nothing(folder):
         assert_same(a, b)
 
 
+def test_an_image_that_a_list_names_often_is_kept_once(folder, monkeypatch):
+    read, decode = [], data.read_image
+
+    def counted(path, **more):
+        read.append(path)
+        return decode(path, **more)
+
+    monkeypatch.setattr(data, "read_image", counted)
+    paths = [item.path for item in open_source(folder).items]
+    (folder / "often.txt").write_text("".join(f"{path}\n" for path in paths * 3))
+    dataset = PretrainDataset(open_source(folder / "often.txt"), CROPS, cache=True)
+    dataset.__getitems__([(i, i) for i in range(3 * len(paths))])
+    assert sorted(read) == sorted(paths)
+
+
 @pytest.mark.parametrize("num_local", [0, 3])
 def test_images_held_at_a_time_change_nothing(folder, monkeypatch, num_local):
     (folder / "1.png").write_bytes(b"broken")

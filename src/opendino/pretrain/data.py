@@ -135,7 +135,7 @@ class PretrainDataset(Dataset[Sample]):
         if not len(source):
             raise DataError("The data holds no image. Give a folder, list or CSV with at least one image.")
         self.source, self.crops, self.seed, self.channels, self.rng_of = source, crops, seed, channels, rng_of
-        self._cache: dict[int, Tensor] | None = {} if cache else None
+        self._cache: dict[str, Tensor] | None = {} if cache else None  # by name: a list may name an image often
 
     def __len__(self) -> int:
         return len(self.source)
@@ -156,7 +156,8 @@ class PretrainDataset(Dataset[Sample]):
         """
         fetched: dict[int, str | bytes | Exception] = {}
         if self.source.remote:
-            wanted = [i for i in dict.fromkeys(i for i, _ in requests) if self._cache is None or i not in self._cache]
+            known = self._cache or {}
+            wanted = [i for i in dict.fromkeys(i for i, _ in requests) if self.source.name(i) not in known]
             with ThreadPoolExecutor(REMOTE_READS) as pool:
                 fetched = dict(zip(wanted, pool.map(self._fetch, wanted), strict=True))
         parts: list[Batch] = []
@@ -219,15 +220,15 @@ class PretrainDataset(Dataset[Sample]):
         )
 
     def _decode(self, index: int, fetched: dict[int, str | bytes | Exception]) -> Tensor:
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
+        name = self.source.name(index)
+        if self._cache is not None and name in self._cache:
+            return self._cache[name]
         data = fetched[index] if index in fetched else self.source.read(index)
         if isinstance(data, Exception):
             raise data
-        name = "" if isinstance(data, str) else self.source.name(index)
-        image = by_pixel(read_image(data, channels=self.channels, name=name))
+        image = by_pixel(read_image(data, channels=self.channels, name="" if isinstance(data, str) else name))
         if self._cache is not None:
-            self._cache[index] = image
+            self._cache[name] = image
         return image
 
 
