@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "real_sets"))
 
 from fashion_mnist_lightly import VARIANTS, lightly_train_run
 from open_model.train import training_list
@@ -37,7 +36,7 @@ from opendino.models.weights import save_backbone
 from opendino.pretrain.config import InitSettings, PretrainConfig, load_recipe
 from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.student_teacher import backbone_config
-from opendino.pretrain.trainer import Trainer
+from opendino.pretrain.trainer import Trainer, preprocessing_of
 
 RECIPE = "vitt14_open_2"
 PEERS = ("opendino", "opendino-dinov2", *VARIANTS)
@@ -74,7 +73,7 @@ def train(args: argparse.Namespace) -> None:
     teacher = (opendino_run if args.peer.startswith("opendino") else lightly_run)(args, config, folder, begun, on_step)
     seconds = time.perf_counter() - begun[0]
     shape = get_config(config.model.arch, **backbone_config(config))
-    model = VisionTransformer(shape)
+    model = VisionTransformer(shape, preprocessing_of(config))
     model.load_state_dict({k: v.detach().float().cpu() for k, v in teacher.state_dict().items()})
     facts = {"peer": args.peer, "seed": args.seed, "seconds": round(seconds, 1), **done}
     save_backbone(model, folder / "backbone.safetensors", extra={"opendino.compare": json.dumps(facts)})
@@ -130,6 +129,7 @@ def lightly_run(
 
 def table(args: argparse.Namespace) -> None:
     """Score every run that is there by the tasks of the real sets, and write OUT/table.json and OUT/table.md."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "real_sets"))  # its table.py, not ours
     from describers import Backbone
     from rich.progress import Progress
 

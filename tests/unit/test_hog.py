@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from opendino.errors import ConfigError
 from opendino.images.sources import open_source
@@ -85,18 +85,19 @@ def test_crop_descriptors_equal_a_loop(side):
 
 
 def test_patch_descriptors_equal_a_loop():
-    images = pictures(side=42)
+    images = pictures(side=84)
     for image, found in zip(images.double().numpy(), patch_descriptors(images, 14).numpy()):
-        fine, colours = slow_cells(image, 6), slow_colours(image, 3)
-        own = np.zeros((3, 3, 100))
-        for i in range(3):
-            for j in range(3):
+        fine, colours = slow_cells(image, 12), slow_colours(image, 6)
+        own = np.zeros((6, 6, 100))
+        for i in range(6):
+            for j in range(6):
                 four = [fine[2 * i + a, 2 * j + b] for a in (0, 1) for b in (0, 1)]
                 own[i, j] = np.concatenate([bounded(np.concatenate(four)), unit(np.sqrt(colours[i, j]))])
-        for i in range(3):
-            for j in range(3):
-                around = own[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].reshape(-1, 100).mean(0)
-                np.testing.assert_allclose(found[3 * i + j], np.concatenate([own[i, j], around]), atol=2e-6)
+        for i in range(6):
+            for j in range(6):
+                near = [own[max(i - n, 0) : i + n + 1, max(j - n, 0) : j + n + 1] for n in (1, 2, 4)]
+                wanted = np.concatenate([own[i, j], *[x.reshape(-1, 100).mean(0) for x in near]])
+                np.testing.assert_allclose(found[6 * i + j], wanted, atol=2e-6)
 
 
 @pytest.mark.parametrize("width", [6, 20])
@@ -194,6 +195,21 @@ def test_a_run_from_a_run_has_its_components_and_not_those_of_its_own_crops(fold
     engine = Engine(alone)
     engine.begin(open_source(folder / "images"))
     assert not torch.equal(engine.model.hog.crop_components.basis, begun.crop_components.basis)
+
+
+def test_components_of_another_shape_are_found_anew_and_the_others_are_kept(folder):
+    place = {"data": str(folder / "images"), "probe_every": 100}
+    Trainer(settings(out=str(folder / "run"), **place)).train()
+    kept = load_file(folder / "run" / "heads.safetensors")
+    narrow = {k: v[:50].contiguous() if k.startswith("hog.patch") else v for k, v in kept.items()}
+    save_file(narrow, folder / "run" / "heads.safetensors")
+    second = settings(out=str(folder / "second"), init=InitSettings(weights=str(folder / "run"), heads="run"), **place)
+    other = second.model_copy(update={"crops": second.crops.model_copy(update={"global_scale": (0.05, 0.1)})})
+    found = Trainer(with_start(other)).engine.model.hog
+    assert found.given == {"crop_components"}
+    assert torch.equal(found.crop_components.basis, kept["hog.crop_components.basis"])
+    assert found.patch_components.basis.abs().sum() > 0
+    assert not torch.equal(found.patch_components.basis, kept["hog.patch_components.basis"])
 
 
 def test_the_components_come_from_all_over_the_source_whatever_the_process(folder):

@@ -31,6 +31,7 @@ def test_all_recipes_are_there():
         "vitt14_open_2",
         "vitt14_open_3",
         "vitt14_open_4",
+        "vitt14_open_5",
         "vitt7_fashion",
     ]
 

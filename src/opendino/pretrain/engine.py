@@ -108,7 +108,7 @@ class Engine:
 
     def begin(self, source: ImageSource) -> None:
         """Hear which images the run has, before its first step or before a checkpoint is loaded."""
-        if self.model.hog is not None and not self.model.hog.given:
+        if self.model.hog is not None and not self.model.hog.complete:
             self.model.hog.fit(self._some_crops(source))
 
     @property

@@ -13,7 +13,7 @@ Shapes: B crops, C channels, P = g·g patches, D width, F numbers of a descripto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -31,6 +31,9 @@ THUMB, THUMB_WEIGHT = 16, 0.7
 CROP_FEATURES = sum((c - 1) ** 2 for c in CELLS) * 4 * DIRECTIONS + FIELDS**2 * LEVELS**3 + 3 * THUMB**2
 SUBCELLS = 2
 """Cells a side of a patch."""
+AROUND = (3, 5, 9)
+"""Sides of the neighbourhoods whose means a patch's descriptor also has, patches."""
+PATCH_FEATURES = (1 + len(AROUND)) * (SUBCELLS**2 * DIRECTIONS + LEVELS**3)
 TARGETS = "hog."
 """What the components' names begin with in a file of heads."""
 WHITENING = 0.5
@@ -64,22 +67,24 @@ def _blocks(rgb: Tensor, cells: int) -> Tensor:
 
 
 def patch_descriptors(rgb: Tensor, patch_size: int) -> Tensor:
-    """Describe patches: gradients of 2×2 cells and colours of the patch, and the mean of its 3×3 neighbourhood.
+    """Describe patches: gradients of 2×2 cells and colours of the patch, and their means over 3×3, 5×5 and 9×9 patches.
+
+    Neighbourhoods end at the border of the crop.
 
     Args:
         rgb: (B, 3, g·patch_size, g·patch_size), 0 to 1.
         patch_size: side of a patch, pixels.
 
     Returns:
-        (B, P, 2 · (36 + 64)), fp32.
+        (B, P, 4 · (36 + 64)), fp32.
     """
     side = rgb.shape[-1] // patch_size
     fine = _directions(rgb, side * SUBCELLS).unflatten(1, (side, SUBCELLS, side, SUBCELLS))
     gradients = _bounded_length(fine.permute(0, 1, 3, 2, 4, 5).flatten(3))  # (B, g, g, 36)
     colours = _colours(rgb, side).sqrt().unflatten(1, (side, side))
     own = torch.cat([gradients, F.normalize(colours, dim=-1)], -1).permute(0, 3, 1, 2)
-    around = F.avg_pool2d(own, 3, 1, 1, count_include_pad=False)
-    return torch.cat([own, around], 1).flatten(2).transpose(1, 2)
+    around = [F.avg_pool2d(own, n, 1, n // 2, count_include_pad=False) for n in AROUND]
+    return torch.cat([own, *around], 1).flatten(2).transpose(1, 2)
 
 
 class Components(nn.Module):
@@ -132,10 +137,10 @@ class HogTargets(nn.Module):
         std: likewise.
 
     Attributes:
-        given: whether the components are those of the run that this one starts from.
+        given: names of the components that are those of the run that this one starts from.
     """
 
-    given = False
+    given: frozenset[str] = frozenset()
     crop_components: Components
     patch_components: Components
 
@@ -143,16 +148,32 @@ class HogTargets(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.crop_components = Components(CROP_FEATURES, width)
-        self.patch_components = Components(2 * (SUBCELLS**2 * DIRECTIONS + LEVELS**3), width)
+        self.patch_components = Components(PATCH_FEATURES, width)
         self.register_buffer("colour_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("colour_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     @torch.no_grad()
     def fit(self, crops: Tensor) -> None:
-        """Find the components in normalised crops (B, 3, H, W)."""
+        """Find the components that were not given in normalised crops (B, 3, H, W)."""
         rgb = self._rgb(crops)
-        self.crop_components.fit(crop_descriptors(rgb))
-        self.patch_components.fit(patch_descriptors(rgb, self.patch_size).flatten(0, 1))
+        if "crop_components" not in self.given:
+            self.crop_components.fit(crop_descriptors(rgb))
+        if "patch_components" not in self.given:
+            self.patch_components.fit(patch_descriptors(rgb, self.patch_size).flatten(0, 1))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all components were given."""
+        return self.given >= dict(self.named_children()).keys()
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the components of another run where they have the shapes of these; `given` names them."""
+        for name, part in self.named_children():
+            own = part.state_dict()
+            theirs = {k: tensors[f"{name}.{k}"] for k in own if f"{name}.{k}" in tensors}
+            if theirs.keys() == own.keys() and all(own[k].shape == v.shape for k, v in theirs.items()):
+                part.load_state_dict(theirs)
+                self.given |= {name}
 
     def loss(self, cls: Tensor, patches: Tensor, crops: Tensor, looked_at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Give 1 − cosine of cls tokens and their crops', and of patch tokens and their patches' targets.

@@ -260,17 +260,13 @@ def _take_heads(model: StudentTeacher, init: InitSettings) -> tuple[bool, str]:
 
 
 def _take_targets(model: StudentTeacher, found: dict[str, Tensor]) -> None:
-    """Take the components of `loss.hog_weight` out of what lies beside heads; the model has them when they fit it.
+    """Take the components of `loss.hog_weight` out of what lies beside heads; the model has those that fit it.
 
     Those found anew in other crops would be turned, and every token would have to follow.
     """
     mine = {k.removeprefix(TARGETS): found.pop(k).float() for k in list(found) if k.startswith(TARGETS)}
-    if model.hog is None or not mine:
-        return
-    own = model.hog.state_dict()
-    if own.keys() == mine.keys() and all(own[k].shape == v.shape for k, v in mine.items()):
-        model.hog.load_state_dict(mine)
-        model.hog.given = True
+    if model.hog is not None:
+        model.hog.take(mine)
 
 
 def _misfit(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
