@@ -38,14 +38,18 @@ from opendino.pretrain.lengths import with_steps
 from opendino.pretrain.student_teacher import backbone_config
 from opendino.pretrain.trainer import Trainer, preprocessing_of
 
-RECIPE = "vitt14_open_2"
-PEERS = ("opendino", "opendino-dinov2", *VARIANTS)
-"""opendino-dinov2 is the recipe without its targets of gradients and colours."""
+RECIPE, TARGETS = "vitt14_open_2", "vitt14_open_3"
+PEERS = ("opendino", "opendino-dinov2", "opendino-targets", *VARIANTS)
+"""opendino-dinov2 is the recipe without its targets of gradients and colours, opendino-targets that of the third stage:
+nothing but those, without masks."""
 
 
 def recipe(peer: str, steps: int, seed: int) -> PretrainConfig:
     """Give the settings of a run."""
-    config = with_steps(load_recipe(RECIPE), steps).model_copy(update={"seed": seed, "init": InitSettings()})
+    name = TARGETS if peer == "opendino-targets" else RECIPE
+    config = with_steps(load_recipe(name), steps).model_copy(update={"seed": seed, "init": InitSettings()})
+    if peer == "opendino-targets":
+        return config.model_copy(update={"cache_images": False, "crops": load_recipe(RECIPE).crops})
     targets = {"hog_patches": "all"} if peer == "opendino" else {"hog_weight": 0.0}
     return config.model_copy(update={"loss": config.loss.model_copy(update=targets)})
 

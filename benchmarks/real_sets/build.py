@@ -11,6 +11,7 @@ Each set is made aside and renamed when it is whole, so a second call makes only
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -61,11 +62,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(BUILDERS), default=list(BUILDERS))
     parser.add_argument("--packages", type=Path, help="folder of unpacked packages; default ~/.cache/opendino/packages")
     args = parser.parse_args()
-    console = Console(stderr=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    with Progress(console=console) as progress:
-        for name in args.only:
-            build(name, args.out / name, args.packages, progress)
+    for name in args.only:
+        child = multiprocessing.get_context("spawn").Process(target=make, args=(name, args.out / name, args.packages))
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise SystemExit(f"Error: {args.out / name} was not built: its process ended with {child.exitcode}.")
+
+
+def make(name: str, folder: Path, packages: Path | None) -> None:
+    """Build a set in a process of its own: three sets of rooms one after the other would need 20 GB."""
+    try:
+        with Progress(console=Console(stderr=True)) as progress:
+            build(name, folder, packages, progress)
+    except OpendinoError as error:
+        raise SystemExit(f"Error: {error}") from None
 
 
 def build(name: str, folder: Path, packages: Path | None, progress: Progress) -> None:
@@ -73,16 +85,13 @@ def build(name: str, folder: Path, packages: Path | None, progress: Progress) ->
     if is_built(folder):
         progress.console.print(f"{folder} is there.", highlight=False)
         return
-    needed, make = BUILDERS[name]
+    needed, builder = BUILDERS[name]
     raw = {p: fetch(p, packages, progress.console) for p in needed}
     build_folder(
-        folder, lambda part: make(raw, part, progress), {PACKAGES[p].package: PACKAGES[p].licence for p in needed}
+        folder, lambda part: builder(raw, part, progress), {PACKAGES[p].package: PACKAGES[p].licence for p in needed}
     )
     progress.console.print(f"{folder} is built.", highlight=False)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OpendinoError as error:
-        raise SystemExit(f"Error: {error}") from None
+    main()
