@@ -52,7 +52,7 @@ def main() -> None:
     out = args.out / f"stage{args.stage}"
     out.mkdir(parents=True, exist_ok=True)
     place = {"data": str(training_list(args.sets, out)), "data_may_change": True, "out": str(out), "seed": args.seed}
-    config = load_recipe(f"vitt14_open_{args.stage}").model_copy(update=place)
+    config = load_recipe(f"{NAME}_{args.stage}").model_copy(update=place)
     if args.stage > 1:
         config = with_start(started_from(config, args.out / f"stage{args.stage - 1}", out / "start"))
     with Session(out / "sessions"):
@@ -64,7 +64,7 @@ def started_from(config: PretrainConfig, before: Path, start: Path) -> PretrainC
     weights = str(start)
     if not before.is_dir() and not start.is_dir():
         last = released_stages()[-1]["recipe"]
-        if last != f"vitt14_open_{before.name.removeprefix('stage')}":
+        if last != f"{NAME}_{before.name.removeprefix('stage')}":
             raise DataError(f"{before} is not there, and the released {NAME} ends with {last}. Train the stage before.")
         weights = NAME
     elif not (start / HEADS_FILE).exists():

@@ -89,6 +89,15 @@ def test_counted_flops_equal_those_of_a_plain_step(change):
     assert model_flops_per_image(config) == pytest.approx(counted(config), rel=0.01)
 
 
+def test_without_dino_and_ibot_only_the_students_backbone_is_counted():
+    config = parse_config(TINY + "loss: {dino_weight: 0.0, ibot_weight: 0.0, hog_weight: 1.0}\n", "test")
+    config = config.model_copy(update={"crops": config.crops.model_copy(update={"num_local": 0})})
+    backbone = VisionTransformer(get_config(config.model.arch, **backbone_config(config)))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tokens_of(backbone, torch.randn(2, 3, 56, 56), None, 1.0).sum().backward()
+    assert model_flops_per_image(config) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 def test_the_peak_is_measured_once_and_quickly():
     measured_peak_flops.cache_clear()
     began = time.perf_counter()

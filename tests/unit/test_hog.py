@@ -285,3 +285,38 @@ def test_without_dino_and_ibot_heads_stay_as_they_are_and_the_teacher_follows(fo
     assert records[-1]["loss"] == pytest.approx(records[-1]["hog_cls"] + records[-1]["hog_patch"], rel=1e-5)
     assert "dino" not in records[-1]
     assert records[0]["feature_rank"] > 0  # of the student's tokens
+
+
+def test_stages_may_stop_to_ask_the_teacher_and_begin_again(folder):
+    alone = {"dino_weight": 0.0, "ibot_weight": 0.0, "koleo_weight": 0.0}
+    losses = {"first": {}, "alone": alone, "last": {}}
+    stages = [{"name": name, "steps": 3, "loss": loss} for name, loss in losses.items()]
+    values = settings(data=str(folder / "images"), out=str(folder / "run"), probe_every=100).model_dump(
+        exclude={"steps"}
+    )
+    records = []
+    trainer = Trainer(PretrainConfig.model_validate(values | {"stages": stages}), on_step=records.append)
+    trainer.train()
+    assert ["dino" in r for r in records] == [True] * 3 + [False] * 3 + [True] * 3
+    norms = [r["grad_norm_dino_head"] for r in records]
+    assert min(norms[:3] + norms[6:]) > 0
+    assert norms[3:6] == [0.0] * 3
+
+
+def test_a_run_that_does_not_ask_the_teacher_goes_on_after_a_stop(folder):
+    losses = {"dino_weight": 0.0, "ibot_weight": 0.0, "koleo_weight": 0.0, "hog_weight": 1.0}
+    config = settings(data=str(folder / "images"), probe_every=100, checkpoint_every=3)
+    config = config.model_copy(update={"loss": config.loss.model_copy(update=losses)})
+    whole = config.model_copy(update={"out": str(folder / "whole")})
+    Trainer(whole).train()
+
+    def stop(record):
+        if record["step"] == 4:
+            raise KeyboardInterrupt
+
+    parts = config.model_copy(update={"out": str(folder / "parts")})
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(parts, on_step=stop).train()
+    Trainer(parts).train()
+    first, second = (load_file(folder / name / "weights" / "teacher.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(first[k], second[k]) for k in first)

@@ -109,6 +109,11 @@ class LossSettings(Settings):
     warmup_teacher_temp: float = Field(0.04, gt=0)
     warmup_teacher_temp_steps: int = Field(37_500, ge=0)
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a loss compares with the teacher; without DINO and iBOT it only follows the student."""
+        return bool(self.dino_weight or self.ibot_weight)
+
 
 class MaskSettings(Settings):
     """Block masks of the student's global crops."""

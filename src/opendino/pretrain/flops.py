@@ -77,8 +77,10 @@ def flops_by_part(config: PretrainConfig) -> dict[str, float]:
     dino_head = head_flops(config, backbone.embed_dim, heads.dino_bottleneck_dim or heads.bottleneck_dim)
     ibot_head = head_flops(config, backbone.embed_dim, heads.bottleneck_dim) if heads.separate else dino_head
     kept = 1 - backbone.drop_path_rate
+    asked = config.loss.asks_teacher  # else neither teacher nor heads are computed
+    dino_head *= asked
     parts = {
-        "teacher backbone": embed + both,
+        "teacher backbone": asked * (embed + both),
         "teacher heads": 2 * dino_head + masked * ibot_head,
         "student, global crops": 3 * kept * both + 2 * embed,
         "student, local crops": 3 * kept * local + 2 * embed_local,

@@ -109,7 +109,7 @@ class StudentTeacher(nn.Module):
         super().__init__()
         self.settings: LossSettings = config.loss
         self.student = self.make_student(config)
-        if not self.asks_teacher:  # heads that no loss looks at stay as they are
+        if not self.settings.asks_teacher:  # heads that no loss looks at stay as they are
             for part in self.student.values():
                 part.requires_grad_(not isinstance(part, DINOHead))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
@@ -129,11 +129,6 @@ class StudentTeacher(nn.Module):
         """Network whose heads make the targets."""
         return self.teacher
 
-    @property
-    def asks_teacher(self) -> bool:
-        """Whether a loss compares with the teacher; without DINO and iBOT it only follows the student."""
-        return bool(self.settings.dino_weight or self.settings.ibot_weight)
-
     def forward(
         self, crops: Crops, targets: Targets, depth: DepthPlan | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -145,7 +140,7 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def targets(self, micro_batches: list[Crops], teacher_temp: float) -> list[Targets]:
         """Give the teacher's targets, centred over the batch of all processes however it is cut into micro-batches."""
-        if not self.asks_teacher:
+        if not self.settings.asks_teacher:
             return [self._no_targets(crops) for crops in micro_batches]
         tokens = [self._teacher_tokens(crops) for crops in micro_batches]
         cls_rows, patch_rows = self._target_rows([t[0] for t in tokens], [t[1] for t in tokens], teacher_temp)
@@ -199,16 +194,16 @@ class StudentTeacher(nn.Module):
             depth: the stochastic-depth draws of these images (`opendino.pretrain.depth.DepthDraws`).
         """
         groups = [crops.global_crops] + ([] if crops.local_crops is None else [crops.local_crops])
-        described = crops.looked_at
-        if self.hog is not None and self.settings.hog_patches == "all":
-            described = torch.ones_like(described)
+        looked_at = crops.looked_at
+        every_patch = self.hog is not None and self.settings.hog_patches == "all"
+        described = torch.ones_like(looked_at) if every_patch else looked_at
         masks, wanted = ([x, None][: len(groups)] for x in (crops.masks, described))
         student = self.student["backbone"].forward_selected(groups, masks, wanted, depth)  # type: ignore[operator]
         cls, patches = student[0]
         self.notice_student(cls, targets)
         total, parts = cls.new_zeros((), dtype=torch.float32), dict[str, Tensor]()
-        if self.asks_teacher:
-            masked = patches[crops.looked_at[described]]
+        if self.settings.asks_teacher:
+            masked = patches[looked_at.flatten()] if every_patch else patches
             total, parts = self._cross_entropies([tokens for tokens, _ in student], masked, crops, targets)
             parts["dino"] = parts["dino_global"] + parts["dino_local"]
         if self.settings.koleo_weight:
@@ -222,7 +217,7 @@ class StudentTeacher(nn.Module):
 
     def notice_student(self, cls: Tensor, targets: Targets) -> None:
         """See the student's cls tokens of the global crops, (2B, D)."""
-        if not self.asks_teacher:
+        if not self.settings.asks_teacher:
             targets.features.copy_(cls.detach())
 
     def _cross_entropies(

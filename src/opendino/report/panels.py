@@ -42,7 +42,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "Gradients and colours",
             "1 − cosine",
             ("hog_cls", "hog_patch"),
-            "Distance from the histograms that cls tokens and masked patches predict.",
+            "Distance from the histograms that cls tokens and patches predict.",
         ),
         Panel("KoLeo", "nats", ("koleo",), "Falls as the features of a batch spread."),
     ),
