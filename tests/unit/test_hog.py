@@ -16,6 +16,7 @@ from opendino.pretrain.config import InitSettings, MaskSettings, PretrainConfig,
 from opendino.pretrain.engine import Engine
 from opendino.pretrain.hog import Components, HogTargets, crop_descriptors, patch_descriptors
 from opendino.pretrain.initialise import with_start
+from opendino.pretrain.paste import paste
 from opendino.pretrain.stages import timeline
 from opendino.pretrain.student_teacher import Crops, StudentTeacher
 from opendino.pretrain.trainer import Trainer
@@ -303,12 +304,10 @@ def test_stages_may_stop_to_ask_the_teacher_and_begin_again(folder):
     assert norms[3:6] == [0.0] * 3
 
 
-def test_a_run_that_does_not_ask_the_teacher_goes_on_after_a_stop(folder):
-    losses = {"dino_weight": 0.0, "ibot_weight": 0.0, "koleo_weight": 0.0, "hog_weight": 1.0}
-    config = settings(data=str(folder / "images"), probe_every=100, checkpoint_every=3)
-    config = config.model_copy(update={"loss": config.loss.model_copy(update=losses)})
-    whole = config.model_copy(update={"out": str(folder / "whole")})
-    Trainer(whole).train()
+def stopped_and_whole(config, folder):
+    """Train without a stop, and with one and again; both must end alike. Gives the records of the first."""
+    records = []
+    Trainer(config.model_copy(update={"out": str(folder / "whole")}), on_step=records.append).train()
 
     def stop(record):
         if record["step"] == 4:
@@ -320,3 +319,71 @@ def test_a_run_that_does_not_ask_the_teacher_goes_on_after_a_stop(folder):
     Trainer(parts).train()
     first, second = (load_file(folder / name / "weights" / "teacher.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(first[k], second[k]) for k in first)
+    return records
+
+
+def test_a_run_that_does_not_ask_the_teacher_goes_on_after_a_stop(folder):
+    losses = {"dino_weight": 0.0, "ibot_weight": 0.0, "koleo_weight": 0.0, "hog_weight": 1.0}
+    config = settings(data=str(folder / "images"), probe_every=100, checkpoint_every=3)
+    config = config.model_copy(update={"loss": config.loss.model_copy(update=losses)})
+    stopped_and_whole(config, folder)
+
+
+def with_identity(identity=6, share=0.5, **more):
+    config = settings(**more)
+    losses = {"hog_identity": identity, "hog_paste": share, "hog_patches": "all"}
+    return config.model_copy(update={"loss": config.loss.model_copy(update=losses)})
+
+
+def test_the_last_numbers_of_a_patch_predict_the_crop_that_it_is_from():
+    torch.manual_seed(0)
+    model = StudentTeacher(with_identity())
+    model.hog.fit(pictures(40))
+    before = torch.cat([pictures(6), torch.ones(2, 3, 28, 28)])
+    before[6:, :, 8:20, 8:20] = torch.tensor([0.9, 0.1, 0.2]).view(3, 1, 1)
+    seen, identity = model.hog.identified(before * 2 - 1, 1.0, torch.Generator().manual_seed(0))
+    pasted, source = paste(before, 1.0, 14, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(seen, pasted * 2 - 1)
+    whole = model.hog.crop_components(crop_descriptors(before))
+    torch.testing.assert_close(identity, whole[:, :6][source], atol=1e-4, rtol=1e-4)
+    crops = Crops(seen, None, torch.zeros(8, 4, dtype=torch.bool), identity=identity)
+    _, parts = model.loss(crops, model.targets([crops], 0.07)[0])
+    tokens = model.student["backbone"].forward_features(seen)["x_norm_patchtokens"]
+    own = model.hog.patch_components(patch_descriptors(pasted, 14))[..., :10]
+    for name, guess, wanted in (("hog_patch", tokens[..., :10], own), ("hog_identity", tokens[..., 10:], identity)):
+        distance = (1 - torch.cosine_similarity(guess, wanted, dim=-1)).mean().detach()
+        torch.testing.assert_close(parts[name], distance, atol=1e-3, rtol=0)  # a level may flip by rounding
+
+
+def test_micro_batches_have_the_identity_of_their_crops():
+    identity = torch.arange(8 * 4 * 2).view(8, 4, 2)
+    crops = Crops(torch.zeros(8, 3, 28, 28), None, torch.zeros(8, 4, dtype=torch.bool), identity=identity)
+    first, second = crops.split(2)
+    assert torch.equal(first.identity, identity[[0, 1, 4, 5]])
+    assert torch.equal(second.identity, identity[[2, 3, 6, 7]])
+
+
+def test_a_run_that_pastes_goes_on_after_a_stop(folder):
+    white = np.full((40, 40, 3), 255, np.uint8)
+    white[10:30, 12:28] = 90, 0, 160
+    Image.fromarray(white).save(folder / "images" / "drawing.png")
+    config = with_identity(data=str(folder / "images"), probe_every=100, checkpoint_every=3)
+    records = stopped_and_whole(config, folder)
+    assert all(0 < r["hog_identity"] < 2 for r in records)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("{hog_identity: 8}", "hog_identity is 8 and hog_weight 0"),
+        ("{hog_weight: 1.0, hog_paste: 0.5}", "hog_paste is 0.5 and hog_identity 0"),
+    ],
+)
+def test_settings_that_say_nothing_are_refused(loss, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(f"{{model: {{arch: vits14}}, loss: {loss}}}", "test")
+
+
+def test_identity_leaves_something_to_the_patch():
+    with pytest.raises(ConfigError, match="some of the 16 numbers"):
+        StudentTeacher(with_identity(identity=16))

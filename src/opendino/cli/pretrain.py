@@ -170,7 +170,7 @@ def explain(run: Path, quiet: bool = False) -> None:
 def describe(record: dict[str, Any]) -> str:
     """Put the figures of a step on one line."""
     parts = [f"stage {record['stage']}"] if "stage" in record else []
-    losses = ("loss", "dino", "ibot", "hog_cls", "hog_patch", "feature_cls", "feature_patch", "koleo")
+    losses = ("loss", "dino", "ibot", "hog_cls", "hog_patch", "hog_identity", "feature_cls", "feature_patch", "koleo")
     parts += [f"{k} {record[k]:.3f}" for k in losses if k in record]
     parts += [f"{record['images_per_s']:.3g} images/s", f"waiting for data {100 * record['data_wait']:.0f} %"]
     figures = {**record.get("probe", {}), **{f"own {k}": v for k, v in record.get("guard", {}).items()}}

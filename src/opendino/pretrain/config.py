@@ -103,11 +103,28 @@ class LossSettings(Settings):
         0.0, ge=0, description="of predicting gradients and colours (opendino.pretrain.hog); not part of DINOv2"
     )
     hog_patches: Literal["masked", "all"] = Field("masked", description="whose gradients and colours are predicted")
+    hog_identity: int = Field(
+        0, ge=0, description="numbers at the end of a patch token that predict the whole crop that the patch is from"
+    )
+    hog_paste: float = Field(
+        0.0, ge=0, le=1, description="share of the global crops that drawings of the batch are pasted on"
+    )
     centering: Literal["sinkhorn", "moving"] = "sinkhorn"
     student_temp: float = Field(0.1, gt=0)
     teacher_temp: float = Field(0.07, gt=0)
     warmup_teacher_temp: float = Field(0.04, gt=0)
     warmup_teacher_temp_steps: int = Field(37_500, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> LossSettings:
+        if self.hog_identity and not self.hog_weight:
+            raise ValueError(f"hog_identity is {self.hog_identity} and hog_weight 0: set both, or neither")
+        if self.hog_paste and not self.hog_identity:
+            raise ValueError(
+                f"hog_paste is {self.hog_paste:g} and hog_identity 0: pasted drawings are there to be told apart. "
+                "Give hog_identity too (a third of the backbone's width, say), or leave both out"
+            )
+        return self
 
     @property
     def asks_teacher(self) -> bool:

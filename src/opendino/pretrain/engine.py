@@ -47,6 +47,8 @@ from opendino.pretrain.student_teacher import Crops, StudentTeacher, Targets
 from opendino.pretrain.telemetry import Telemetry
 
 INIT_STREAM = 3
+PASTE_STREAM = 1 << 16
+"""Of the first process; one more for each other, which all paste from their own crops."""
 HOG_IMAGES, HOG_BATCH = 2048, 64
 """Images whose crops the components of `loss.hog_weight` are found in, and how many are held decoded."""
 
@@ -197,7 +199,11 @@ class Engine:
             ratio=m.ratio,
             share=m.share,
         )
-        return Crops(global_crops, local_crops, masks.to(self.device))
+        identity = None
+        if self.model.hog is not None and self.model.hog.identity:
+            chance = torch.Generator().manual_seed(stream_seed(self.config.seed, PASTE_STREAM + rank(), step))
+            global_crops, identity = self.model.hog.identified(global_crops, self.config.loss.hog_paste, chance)
+        return Crops(global_crops, local_crops, masks.to(self.device), identity=identity)
 
     def _some_crops(self, source: ImageSource) -> Tensor:
         """Cut global crops of images from all over a source, normalised, (2·n, C, g, g); the same in every process."""

@@ -4,10 +4,12 @@
 MaskFeat (Wei et al. 2022) has masked patches predict histograms of oriented gradients. Here a cls token also predicts
 those of its whole crop, at two scales and with the crop at 16×16 pixels, and colours go with gradients. Principal
 components of the descriptors, as many as the backbone is wide and half whitened, are compared with the tokens
-themselves by cosine, without a head: near tokens then mean near descriptors from the first steps on. None of it is part
-of DINOv2; `loss.hog_weight` is 0 unless a recipe says so.
+themselves by cosine, without a head: near tokens then mean near descriptors from the first steps on. The last numbers
+of a patch token may predict the whole crop instead (`loss.hog_identity`), which says something only once drawings of
+other crops are pasted over it (`opendino.pretrain.paste`). None of it is part of DINOv2; `loss.hog_weight` is 0 unless
+a recipe says so.
 
-Shapes: B crops, C channels, P = g·g patches, D width, F numbers of a descriptor.
+Shapes: B crops, C channels, P = g·g patches, D width, F numbers of a descriptor, I numbers of identity.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from opendino.pretrain.paste import paste
 
 DIRECTIONS, LEVELS = 9, 4
 """Unsigned directions of 20 degrees each; levels per colour channel."""
@@ -135,6 +139,7 @@ class HogTargets(nn.Module):
         patch_size: side of a patch, pixels.
         mean: that crops are normalised with, three values.
         std: likewise.
+        identity: I, how many of the last numbers of a patch token predict the whole crop that the patch is from.
 
     Attributes:
         given: names of the components that are those of the run that this one starts from.
@@ -144,9 +149,11 @@ class HogTargets(nn.Module):
     crop_components: Components
     patch_components: Components
 
-    def __init__(self, width: int, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, width: int, patch_size: int, mean: Sequence[float], std: Sequence[float], identity: int = 0
+    ) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.identity = patch_size, identity
         self.crop_components = Components(CROP_FEATURES, width)
         self.patch_components = Components(PATCH_FEATURES, width)
         self.register_buffer("colour_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -175,23 +182,50 @@ class HogTargets(nn.Module):
                 part.load_state_dict(theirs)
                 self.given |= {name}
 
-    def loss(self, cls: Tensor, patches: Tensor, crops: Tensor, looked_at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def identified(self, crops: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Paste drawings on crops, and say which crop each patch is from by the first components of that crop.
+
+        Args:
+            crops: (B, 3, H, W), normalised.
+            share: of the crops that drawings are pasted on.
+            generator: see `paste`.
+
+        Returns:
+            Crops like those given, and (B, P, I), fp32.
+        """
+        rgb = self._rgb(crops)
+        first = self.crop_components(crop_descriptors(rgb))[:, : self.identity]
+        rgb, source = paste(rgb, share, self.patch_size, generator)
+        mean, std = cast(Tensor, self.colour_mean), cast(Tensor, self.colour_std)
+        return ((rgb - mean) / std).to(crops.dtype), first[source]
+
+    def loss(
+        self, cls: Tensor, patches: Tensor, crops: Tensor, looked_at: Tensor, identity: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Give 1 − cosine of cls tokens and their crops', and of patch tokens and their patches' targets.
+
+        With an identity, the first D − I numbers of a patch token are compared with as many of its patch, the last I
+        with it.
 
         Args:
             cls: (B, D).
             patches: (M, D), those of `looked_at` in row-major order.
             crops: (B, 3, H, W), normalised.
             looked_at: bool (B, P).
+            identity: (B, P, I) of `identified`.
 
         Returns:
-            The sum of both means, and the two as "hog_cls" and "hog_patch", detached.
+            The sum of the means, and these as "hog_cls", "hog_patch" and, with an identity, "hog_identity", detached.
         """
         with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):
             rgb = self._rgb(crops)
             whole = self.crop_components(crop_descriptors(rgb))
             parts = self.patch_components(patch_descriptors(rgb, self.patch_size)[looked_at])
-        losses = {"hog_cls": _distance(cls, whole), "hog_patch": _distance(patches, parts)}
+        losses, own = {"hog_cls": _distance(cls, whole)}, patches.shape[-1] - self.identity
+        losses["hog_patch"] = _distance(patches[:, :own], parts[:, :own])
+        if identity is not None:
+            losses["hog_identity"] = _distance(patches[:, own:], identity[looked_at])
         return torch.stack(list(losses.values())).sum(), {k: v.detach() for k, v in losses.items()}
 
     def _rgb(self, crops: Tensor) -> Tensor:

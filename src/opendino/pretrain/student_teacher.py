@@ -34,6 +34,7 @@ class Crops:
         local_crops: (L·B, C, l, l), or None without local crops.
         masks: bool (2B, P), True where the student sees the mask token.
         scored: bool (2B, P), the patches that the iBOT loss looks at; None: the masked ones.
+        identity: what the last numbers of patch tokens predict, (2B, P, I), where `loss.hog_identity` asks for it.
         teacher_tokens: what a frozen teacher made of the crops, when that is known already; crop-major.
     """
 
@@ -41,6 +42,7 @@ class Crops:
     local_crops: Tensor | None
     masks: Tensor
     scored: Tensor | None = None
+    identity: Tensor | None = None
     teacher_tokens: tuple[Tensor, ...] = ()
 
     @property
@@ -70,6 +72,7 @@ class Crops:
                 local_crops=None if self.local_crops is None else cut(self.local_crops, i),
                 masks=cut(self.masks, i),
                 scored=None if self.scored is None else cut(self.scored, i),
+                identity=None if self.identity is None else cut(self.identity, i),
                 teacher_tokens=tuple(cut(tokens, i) for tokens in self.teacher_tokens),
             )
 
@@ -211,7 +214,7 @@ class StudentTeacher(nn.Module):
             total = total + self.settings.koleo_weight * koleo
             parts["koleo"] = koleo.detach()
         if self.hog is not None:
-            hog, more = self.hog.loss(cls, patches, crops.global_crops, described)
+            hog, more = self.hog.loss(cls, patches, crops.global_crops, described, crops.identity)
             total, parts = total + self.settings.hog_weight * hog, parts | more
         return total, parts
 
@@ -269,13 +272,18 @@ def make_hog(config: PretrainConfig) -> HogTargets:
     """Make the targets of `loss.hog_weight`, without their components.
 
     Raises:
-        ConfigError: for images that are not of three channels.
+        ConfigError: for images that are not of three channels, or more numbers of identity than a token has.
     """
     crops = config.crops
     if len(crops.mean) != 3:
         raise ConfigError(f"loss.hog_weight needs images of 3 channels, got {len(crops.mean)}. Set it to 0.")
     backbone = get_config(config.model.arch, **backbone_config(config))
-    return HogTargets(backbone.embed_dim, backbone.patch_size, crops.mean, crops.std)
+    if config.loss.hog_identity >= backbone.embed_dim:
+        raise ConfigError(
+            f"loss.hog_identity must leave some of the {backbone.embed_dim} numbers of a patch token to the patch, got "
+            f"{config.loss.hog_identity}. A third of them is a good start."
+        )
+    return HogTargets(backbone.embed_dim, backbone.patch_size, crops.mean, crops.std, config.loss.hog_identity)
 
 
 def backbone_config(config: PretrainConfig) -> dict[str, object]:

@@ -41,8 +41,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Gradients and colours",
             "1 − cosine",
-            ("hog_cls", "hog_patch"),
-            "Distance from the histograms that cls tokens and patches predict.",
+            ("hog_cls", "hog_patch", "hog_identity"),
+            "Distance from histograms: of the crop, of the patch, and of the crop that the patch is from.",
         ),
         Panel("KoLeo", "nats", ("koleo",), "Falls as the features of a batch spread."),
     ),
