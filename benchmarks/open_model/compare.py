@@ -43,13 +43,17 @@ PEERS = ("opendino", "opendino-dinov2", "opendino-targets", *VARIANTS)
 """opendino-dinov2 is the recipe without its targets of gradients and colours, opendino-targets that of the third stage:
 nothing but those, without masks."""
 
+FOLLOWS = {"lr": 1.0e-3, "momentum": 0.98, "momentum_end": 0.98}
+"""Nobody asks the teacher there, so that it need not be steady: it is the student's mean over the last fifty steps."""
+
 
 def recipe(peer: str, steps: int, seed: int) -> PretrainConfig:
     """Give the settings of a run."""
     name = TARGETS if peer == "opendino-targets" else RECIPE
     config = with_steps(load_recipe(name), steps).model_copy(update={"seed": seed, "init": InitSettings()})
     if peer == "opendino-targets":
-        return config.model_copy(update={"cache_images": False, "crops": load_recipe(RECIPE).crops})
+        optim = config.optim.model_copy(update=FOLLOWS)
+        return config.model_copy(update={"cache_images": False, "crops": load_recipe(RECIPE).crops, "optim": optim})
     targets = {"hog_patches": "all"} if peer == "opendino" else {"hog_weight": 0.0}
     return config.model_copy(update={"loss": config.loss.model_copy(update=targets)})
 

@@ -32,6 +32,9 @@ def test_all_recipes_are_there():
         "vitt14_open_3",
         "vitt14_open_4",
         "vitt14_open_5",
+        "vitt14_open_6",
+        "vitt14_open_7",
+        "vitt14_open_8",
         "vitt7_fashion",
     ]
 

@@ -44,20 +44,26 @@ def paste(rgb: Tensor, share: float, patch_size: int, generator: torch.Generator
     drawings = plain.nonzero().flatten()
     if not len(drawings):
         return rgb, own[:, None].expand(-1, side * side).contiguous()
+    cut_out = torch.cat([rgb[plain], foreground(rgb[plain], colour[plain])], 1)
+    rgb, source = rgb.clone(), own[:, None].repeat(1, 1 + len(CHANCES))
+    layers = torch.ones_like(rgb[:, :1]).repeat(1, 1 + len(CHANCES), 1, 1)
+    layers[:, 1:] = 0
     wanted = torch.rand(number, generator=generator) < share
-    outline = foreground(rgb, colour)
-    layers, owners = [torch.ones_like(outline)], [own]
-    for chance in CHANCES:
-        there = wanted & (torch.rand(number, generator=generator) < chance)
-        which = drawings[torch.randint(len(drawings), (number,), generator=generator).to(device)]
-        grid = F.affine_grid(_places(number, generator).to(device), [*rgb.shape], align_corners=False)
-        drawn = F.grid_sample(rgb[which], grid, align_corners=False)
-        over = F.grid_sample(outline[which], grid, align_corners=False) * there.to(device)[:, None, None, None]
-        rgb = rgb * (1 - over) + drawn * over
-        layers = [layer * (1 - over) for layer in layers] + [over]
-        owners.append(which)
-    shown = F.avg_pool2d(torch.cat(layers, 1), patch_size).flatten(2)  # (B, 4, P)
-    return rgb, torch.stack(owners, 1).gather(1, shown.argmax(1))
+    for layer, chance in enumerate(CHANCES, 1):
+        there = (wanted & (torch.rand(number, generator=generator) < chance)).to(device)
+        which = torch.randint(len(cut_out), (number,), generator=generator).to(device)[there]
+        places = _places(number, generator).to(device)[there]
+        if not len(places):
+            continue
+        grid = F.affine_grid(places, [len(places), *rgb.shape[1:]], align_corners=False)
+        laid = F.grid_sample(cut_out[which], grid, align_corners=False)
+        drawn, over = laid[:, :3], laid[:, 3:]
+        rgb[there] = rgb[there] * (1 - over) + drawn * over
+        layers[there] *= 1 - over
+        layers[there, layer] = over[:, 0]
+        source[there, layer] = drawings[which]
+    shown = F.avg_pool2d(layers, patch_size).flatten(2)  # (B, 4, P)
+    return rgb, source.gather(1, shown.argmax(1))
 
 
 def plain_borders(rgb: Tensor) -> tuple[Tensor, Tensor]:
