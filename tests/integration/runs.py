@@ -39,7 +39,7 @@ def pretrain(images, out, steps, *extra):
 
 def opendino(*args, check=True, timeout=300):
     """Run the command line to its end."""
-    command = [sys.executable, "-m", "opendino.cli", *map(str, args)]
+    command = [sys.executable, "-m", "opendino", *map(str, args)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
     assert not check or done.returncode == 0, done.stderr[-2000:]
     return done
