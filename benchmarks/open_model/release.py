@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put a stage's teacher and heads into the package as `vitt14_open`, in half precision, and say how near they stay.
 
-python benchmarks/open_model/release.py --runs RUNS --stage 5 --size 98
+python benchmarks/open_model/release.py --runs RUNS --stage 8 --size 98
 """
 
 from __future__ import annotations
