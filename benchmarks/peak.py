@@ -81,7 +81,8 @@ def peak(library: ctypes.CDLL, name: str, threads: int) -> float:
         found = [0.0] * threads
 
         def work(i: int, found: list[float] = found) -> None:
-            found[i] = function(SECONDS, ctypes.addressof((ctypes.c_float * 2)(1.0, 1e-6)))
+            numbers = (ctypes.c_float * 2)(1.0, 1e-6)
+            found[i] = function(SECONDS, numbers)
 
         running = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
         for thread in running:

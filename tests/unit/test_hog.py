@@ -241,6 +241,13 @@ def test_stages_have_the_targets_all_or_none(folder):
         timeline(PretrainConfig.model_validate(config))
 
 
+def test_stages_have_the_same_numbers_of_identity(folder):
+    stages = [{"name": "first", "steps": 3}, {"name": "second", "steps": 3, "loss": {"hog_identity": 4}}]
+    config = settings(data=str(folder / "images")).model_dump() | {"stages": stages}
+    with pytest.raises(ConfigError, match="Stage 'second' has loss.hog_identity 4 and the recipe 0"):
+        timeline(PretrainConfig.model_validate(config))
+
+
 def test_a_distillation_refuses_them():
     with pytest.raises(ConfigError, match="set loss.hog_weight to 0"):
         parse_config("{teacher: vits14, loss: {hog_weight: 1.0}}", "test")

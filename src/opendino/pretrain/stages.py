@@ -68,6 +68,11 @@ def timeline(config: PretrainConfig) -> tuple[Stage, ...]:
                 f"Stage {s.name!r} has loss.hog_weight {settings.loss.hog_weight:g} and the recipe "
                 f"{config.loss.hog_weight:g}; its targets are kept in the run, so all stages must have them or none."
             )
+        if settings.loss.hog_identity != config.loss.hog_identity:
+            raise ConfigError(
+                f"Stage {s.name!r} has loss.hog_identity {settings.loss.hog_identity} and the recipe "
+                f"{config.loss.hog_identity}; tokens keep their parts, so all stages must have the same."
+            )
         found.append(Stage(number, s.name, first, first + s.steps, settings, begins[stretch], s.resume_optimizer))
         first += s.steps
     return tuple(found)
